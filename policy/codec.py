@@ -1,0 +1,82 @@
+"""Pixels to latents and back: the codec protocol, and the small convolutional codec of the tiny policy."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+CodecState = Any
+"""What a streaming decoder remembers of the frames before; None at the start. Never mutated, so it can be forked."""
+
+
+class Codec(Protocol):
+    """Videos are float [B, 3, T, H, W] in -1..1, latents float [B, channels, F, h, w] of about unit variance.
+
+    The first latent frame holds one video frame, each further one `temporal_stride` of them.
+    """
+
+    channels: int
+    spatial_stride: int
+    temporal_stride: int
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor, state: CodecState = None) -> tuple[Tensor, CodecState]:
+        """Decodes the next latent frames of a stream; returns their video frames and the state after them."""
+        ...
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+                                  nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class ConvCodec(nn.Module):
+    """A frame-wise convolutional codec with stride 8. All its kernels overlap, so blocks leave no seams.
+
+    The encoder ends in a batch norm without parameters: after training, latents have mean 0 and variance 1.
+    """
+
+    spatial_stride = 8
+    temporal_stride = 1
+
+    def __init__(self, channels: int = 32, width: int = 64) -> None:
+        super().__init__()
+        self.channels, half = channels, width // 2
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, half, 8, stride=4, padding=2), ResidualBlock(half),
+            nn.SiLU(), nn.Conv2d(half, width, 4, stride=2, padding=1), ResidualBlock(width),
+            nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1), nn.BatchNorm2d(channels, affine=False, momentum=0.01),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1), ResidualBlock(width), ResidualBlock(width),
+            nn.SiLU(), nn.ConvTranspose2d(width, half, 4, stride=2, padding=1), ResidualBlock(half),
+            nn.SiLU(), nn.ConvTranspose2d(half, 8, 8, stride=4, padding=2),
+            nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1),
+        )  # fmt: skip
+
+    def encode(self, video: Tensor) -> Tensor:
+        z = self.encoder(video.transpose(1, 2).flatten(0, 1))
+        return z.unflatten(0, (video.shape[0], -1)).transpose(1, 2)
+
+    def decode(self, latents: Tensor, state: CodecState = None) -> tuple[Tensor, CodecState]:
+        frames = self.decoder(latents.transpose(1, 2).flatten(0, 1))
+        return frames.unflatten(0, (latents.shape[0], -1)).transpose(1, 2), None
+
+
+def to_pixels(video: Tensor) -> Tensor:
+    """float [..., 3, T, H, W] in about -1..1 -> uint8 [..., T, H, W, 3]. NaN becomes 0, as a screen would show it."""
+    pixels = video.nan_to_num(-1.0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return pixels.movedim(-4, -1)
+
+
+def from_pixels(video: Tensor) -> Tensor:
+    """uint8 [..., T, H, W, 3] -> float32 [..., 3, T, H, W] in -1..1."""
+    return video.movedim(-1, -4).float().div(127.5).sub(1)

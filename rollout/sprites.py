@@ -1,0 +1,137 @@
+"""The embedded world: endless little videos of textured sprites that follow smooth curves over a textured background.
+
+Everything is drawn analytically at sub-pixel positions, so the tracks are exact and every prompt has its true video.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from rollout.prompts import DragPrompt
+from rollout.seeds import seed_of
+
+SPLITS = ("train", "heldout", "canary", "pretrain")
+SHAPES = ("disc", "lobes", "square", "star")
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """radius in px; texture float32 [n, n, 3] in 0..1, stretched over the sprite; path float32 [T, 2], px."""
+
+    shape: str
+    radius: float
+    angle: float
+    texture: np.ndarray
+    path: np.ndarray
+
+
+class SpriteWorld:
+    """Prompts are pure functions of (seed, split, index); splits own disjoint seeds by construction.
+
+    size: side of the square picture, px. frames: length T of a video. speed: mean path length per frame, px.
+    distractors: share of videos with one more sprite that stands still; two_drags: share with a second dragged sprite.
+    """
+
+    def __init__(self, size: int = 64, frames: int = 13, speed: float = 2.2, distractors: float = 0.5,
+                 two_drags: float = 0.3, seed: int = 0) -> None:  # fmt: skip
+        self.size, self.frames, self.speed, self.seed = size, frames, speed, seed
+        self.distractors, self.two_drags = distractors, two_drags
+        self._grid = np.stack(np.meshgrid(np.arange(size), np.arange(size)), -1).astype(np.float32)
+
+    def prompt(self, split: str, index: int) -> DragPrompt:
+        background, sprites, dragged = self._scene(split, index)
+        tracks, visible = self._tracks(sprites, dragged)
+        first = self._draw(background, sprites, 0)
+        return DragPrompt(first, "", tracks, visible, f"sprites/{self.seed}/{split}/{index}")
+
+    def truth(self, prompt: DragPrompt) -> np.ndarray:
+        world, seed, split, index = prompt.id.split("/")
+        if world != "sprites" or int(seed) != self.seed:
+            raise ValueError(f"prompt {prompt.id!r} is not of this world (seed {self.seed})")
+        background, sprites, _ = self._scene(split, int(index))
+        return self._film(background, sprites)
+
+    def sample(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The true video uint8 [T, H, W, 3] with its tracks [T, N, 2] and visibility [T, N]: what pretraining reads."""
+        background, sprites, dragged = self._scene(split, index)
+        return self._film(background, sprites), *self._tracks(sprites, dragged)
+
+    def _scene(self, split: str, index: int) -> tuple[np.ndarray, list[Sprite], int]:
+        rng = np.random.default_rng(seed_of("sprites", self.seed, index) * len(SPLITS) + SPLITS.index(split))
+        dragged = 1 + (rng.random() < self.two_drags)
+        count = dragged + (rng.random() < self.distractors)
+        ground = rng.uniform(0.25, 0.75, 3)
+        background = ground + self._texture(rng, 4, 0.14) + self._texture(rng, 12, 0.1)
+        sprites: list[Sprite] = []
+        for i in range(count):
+            path = self._path(rng, moving=i < dragged, others=[s.path for s in sprites])
+            colour = max((rng.uniform(0.05, 0.95, 3) for _ in range(3)), key=lambda c: np.linalg.norm(c - ground))
+            texture = np.clip(colour + rng.uniform(-0.4, 0.4, (5, 5, 3)), 0, 1)
+            sprites.append(Sprite(SHAPES[rng.integers(len(SHAPES))], self.size * rng.uniform(0.13, 0.18),
+                                  rng.uniform(0, 2 * np.pi), texture.astype(np.float32), path))  # fmt: skip
+        return background.clip(0, 1).astype(np.float32), sprites, dragged
+
+    def _texture(self, rng: np.random.Generator, cells: int, amplitude: float) -> np.ndarray:
+        noise = rng.uniform(-amplitude, amplitude, (cells, cells, 3)).astype(np.float32)
+        return cv2.resize(noise, (self.size, self.size), interpolation=cv2.INTER_CUBIC)
+
+    def _path(self, rng: np.random.Generator, moving: bool, others: list[np.ndarray]) -> np.ndarray:
+        """A stretch of a cubic Bezier curve, resampled to constant speed; starts apart from the sprites already placed."""
+        low, high = 0.22 * self.size, 0.78 * self.size
+        best, best_gap = None, -1.0
+        for _ in range(8):
+            control = rng.uniform(low, high, (4, 2))
+            u = np.linspace(0, 1, 65)[:, None]
+            curve = ((1 - u) ** 3 * control[0] + 3 * (1 - u) ** 2 * u * control[1]
+                     + 3 * (1 - u) * u**2 * control[2] + u**3 * control[3])  # fmt: skip
+            length = np.concatenate(([0], np.linalg.norm(np.diff(curve, axis=0), axis=1).cumsum()))
+            wanted = min(length[-1], rng.uniform(0.6, 1.4) * self.speed * (self.frames - 1)) if moving else 0.0
+            at = np.linspace(0, wanted, self.frames)
+            path = np.stack([np.interp(at, length, curve[:, axis]) for axis in (0, 1)], -1).astype(np.float32)
+            gap = min((float(np.linalg.norm(path - other, axis=1).min()) for other in others), default=self.size)
+            if gap > best_gap:
+                best, best_gap = path, gap
+            if gap > 0.34 * self.size:
+                break
+        return best
+
+    def _tracks(self, sprites: list[Sprite], dragged: int) -> tuple[np.ndarray, np.ndarray]:
+        tracks = np.stack([s.path for s in sprites[:dragged]], 1)
+        visible = np.ones(tracks.shape[:2], bool)
+        for n in range(dragged):
+            for above in sprites[n + 1 :]:  # drawn later, so in front
+                visible[:, n] &= np.linalg.norm(above.path - tracks[:, n], axis=1) > 0.8 * above.radius
+        return tracks, visible
+
+    def _film(self, background: np.ndarray, sprites: list[Sprite]) -> np.ndarray:
+        return np.stack([self._draw(background, sprites, t) for t in range(self.frames)])
+
+    def _draw(self, background: np.ndarray, sprites: list[Sprite], t: int) -> np.ndarray:
+        picture = background.copy()
+        for sprite in sprites:
+            reach = sprite.radius * 1.3 + 2
+            (x0, y0), (x1, y1) = (np.clip(sprite.path[t] + d, 0, self.size).astype(int) for d in (-reach, reach + 1))
+            offset = self._grid[y0:y1, x0:x1] - sprite.path[t]
+            cells = len(sprite.texture)
+            at = (offset / (2.6 * sprite.radius) + 0.5) * cells - 0.5
+            colour = cv2.remap(sprite.texture, at[..., 0], at[..., 1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+            alpha = 1 / (1 + np.exp(np.clip((_distance(sprite, offset) - sprite.radius) / 0.6, -30, 30)))[..., None]
+            window = picture[y0:y1, x0:x1]
+            window += alpha * (colour.clip(0, 1) - window)
+        return np.rint(picture * 255).astype(np.uint8)
+
+
+def _distance(sprite: Sprite, offset: np.ndarray) -> np.ndarray:
+    """A radius-like distance from the centre whose level set at `radius` is the outline; px."""
+    x, y = offset[..., 0], offset[..., 1]
+    if sprite.shape == "square":
+        c, s = np.cos(sprite.angle), np.sin(sprite.angle)
+        return np.maximum(np.abs(c * x + s * y), np.abs(c * y - s * x)) * 1.12
+    radius = np.hypot(x, y)
+    if sprite.shape == "disc":
+        return radius
+    lobes, depth = (3, 0.16) if sprite.shape == "lobes" else (5, 0.2)
+    return radius / (1 + depth * np.cos(lobes * (np.arctan2(y, x) - sprite.angle)))
