@@ -36,7 +36,7 @@ class Progress:
         self._last = time.monotonic()
         if self._live:
             self._live.start()
-            self._live.update(Text(f"iteration {self.done}/{self.total}: the first one is under way"), refresh=True)
+            self._live.update(Text(f"iteration {self.done}/{self.total}: the next one is under way"), refresh=True)
         return self
 
     def __exit__(self, *_: object) -> None:
