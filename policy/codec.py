@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-CodecState = Any
-"""What a streaming decoder remembers of the frames before; None at the start. Never mutated, so it can be forked."""
+CodecState = tuple[Tensor | None, ...] | None
+"""What a streaming decoder remembers of the frames before, batch first; None at the start. Never changed in place."""
 
 
 class Codec(Protocol):
@@ -28,11 +28,16 @@ class Codec(Protocol):
         ...
 
 
+def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
+    padding = (kernel - stride + 1) // 2
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding, padding_mode="replicate")
+
+
 class ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
-                                  nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))  # fmt: skip
+        self.body = nn.Sequential(nn.SiLU(), _conv(width, width),
+                                  nn.SiLU(), _conv(width, width))  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -51,15 +56,15 @@ class ConvCodec(nn.Module):
         super().__init__()
         self.channels, half = channels, width // 2
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, half, 8, stride=4, padding=2), ResidualBlock(half),
-            nn.SiLU(), nn.Conv2d(half, width, 4, stride=2, padding=1), ResidualBlock(width),
-            nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1), nn.BatchNorm2d(channels, affine=False, momentum=0.01),
+            _conv(3, half, 8, 4), ResidualBlock(half),
+            nn.SiLU(), _conv(half, width, 4, 2), ResidualBlock(width),
+            nn.SiLU(), _conv(width, channels), nn.BatchNorm2d(channels, affine=False, momentum=0.01),
         )  # fmt: skip
         self.decoder = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1), ResidualBlock(width), ResidualBlock(width),
+            _conv(channels, width), ResidualBlock(width), ResidualBlock(width),
             nn.SiLU(), nn.ConvTranspose2d(width, half, 4, stride=2, padding=1), ResidualBlock(half),
             nn.SiLU(), nn.ConvTranspose2d(half, 8, 8, stride=4, padding=2),
-            nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1),
+            nn.SiLU(), _conv(8, 3),
         )  # fmt: skip
 
     def encode(self, video: Tensor) -> Tensor:
@@ -72,9 +77,10 @@ class ConvCodec(nn.Module):
 
 
 def to_pixels(video: Tensor) -> Tensor:
-    """float [..., 3, T, H, W] in about -1..1 -> uint8 [..., T, H, W, 3]. NaN becomes 0, as a screen would show it."""
-    pixels = video.nan_to_num(-1.0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return pixels.movedim(-4, -1)
+    """float [..., 3, T, H, W] in about -1..1 -> uint8 [..., T, H, W, 3]. A frame with a non-finite value is all black."""
+    frames = video.movedim(-4, -1)
+    finite = frames.isfinite().flatten(-3).all(-1)[..., None, None, None]
+    return torch.where(finite, frames, -1.0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def from_pixels(video: Tensor) -> Tensor:

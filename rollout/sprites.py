@@ -5,7 +5,7 @@ Everything is drawn analytically at sub-pixel positions, so the tracks are exact
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -28,6 +28,24 @@ class Sprite:
     path: np.ndarray
 
 
+@dataclass(frozen=True)
+class Scene:
+    """background float32 [H, W, 3] in 0..1; sprites that stand still, then the dragged ones, each in front of those before it."""
+
+    background: np.ndarray
+    still: tuple[Sprite, ...]
+    dragged: tuple[Sprite, ...]
+
+    def tracks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Centres of the dragged sprites, float32 [T, N, 2], and where they are not covered by another one, bool [T, N]."""
+        tracks = np.stack([s.path for s in self.dragged], 1)
+        visible = np.ones(tracks.shape[:2], bool)
+        for n in range(len(self.dragged)):
+            for above in self.dragged[n + 1 :]:
+                visible[:, n] &= np.linalg.norm(above.path - tracks[:, n], axis=1) > 0.8 * above.radius
+        return tracks, visible
+
+
 class SpriteWorld:
     """Prompts are pure functions of (seed, split, index); splits own disjoint seeds by construction.
 
@@ -42,24 +60,25 @@ class SpriteWorld:
         self._grid = np.stack(np.meshgrid(np.arange(size), np.arange(size)), -1).astype(np.float32)
 
     def prompt(self, split: str, index: int) -> DragPrompt:
-        background, sprites, dragged = self._scene(split, index)
-        tracks, visible = self._tracks(sprites, dragged)
-        first = self._draw(background, sprites, 0)
-        return DragPrompt(first, "", tracks, visible, f"sprites/{self.seed}/{split}/{index}")
+        scene = self._scene(split, index)
+        return DragPrompt(self._draw(scene, 0), "", *scene.tracks(), f"sprites/{self.seed}/{split}/{index}")
 
     def truth(self, prompt: DragPrompt) -> np.ndarray:
         world, seed, split, index = prompt.id.split("/")
         if world != "sprites" or int(seed) != self.seed:
             raise ValueError(f"prompt {prompt.id!r} is not of this world (seed {self.seed})")
-        background, sprites, _ = self._scene(split, int(index))
-        return self._film(background, sprites)
+        return self._film(self._scene(split, int(index)))
 
-    def sample(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The true video uint8 [T, H, W, 3] with its tracks [T, N, 2] and visibility [T, N]: what pretraining reads."""
-        background, sprites, dragged = self._scene(split, index)
-        return self._film(background, sprites), *self._tracks(sprites, dragged)
+    def sample(self, split: str, index: int, lag: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A video uint8 [T, H, W, 3] with its drag [T, N, 2] and visibility [T, N]: what pretraining reads.
 
-    def _scene(self, split: str, index: int) -> tuple[np.ndarray, list[Sprite], int]:
+        lag: frames by which the sprites in the video follow behind the drag (0: the true video of the prompt).
+        """
+        scene = self._scene(split, index)
+        late = replace(scene, dragged=tuple(replace(s, path=_delayed(s.path, lag)) for s in scene.dragged))
+        return self._film(late), scene.tracks()[0], late.tracks()[1]
+
+    def _scene(self, split: str, index: int) -> Scene:
         rng = np.random.default_rng(seed_of("sprites", self.seed, index) * len(SPLITS) + SPLITS.index(split))
         dragged = 1 + (rng.random() < self.two_drags)
         count = dragged + (rng.random() < self.distractors)
@@ -72,7 +91,7 @@ class SpriteWorld:
             texture = np.clip(colour + rng.uniform(-0.4, 0.4, (5, 5, 3)), 0, 1)
             sprites.append(Sprite(SHAPES[rng.integers(len(SHAPES))], self.size * rng.uniform(0.13, 0.18),
                                   rng.uniform(0, 2 * np.pi), texture.astype(np.float32), path))  # fmt: skip
-        return background.clip(0, 1).astype(np.float32), sprites, dragged
+        return Scene(background.clip(0, 1).astype(np.float32), tuple(sprites[dragged:]), tuple(sprites[:dragged]))
 
     def _texture(self, rng: np.random.Generator, cells: int, amplitude: float) -> np.ndarray:
         noise = rng.uniform(-amplitude, amplitude, (cells, cells, 3)).astype(np.float32)
@@ -98,20 +117,12 @@ class SpriteWorld:
                 break
         return best
 
-    def _tracks(self, sprites: list[Sprite], dragged: int) -> tuple[np.ndarray, np.ndarray]:
-        tracks = np.stack([s.path for s in sprites[:dragged]], 1)
-        visible = np.ones(tracks.shape[:2], bool)
-        for n in range(dragged):
-            for above in sprites[n + 1 :]:  # drawn later, so in front
-                visible[:, n] &= np.linalg.norm(above.path - tracks[:, n], axis=1) > 0.8 * above.radius
-        return tracks, visible
+    def _film(self, scene: Scene) -> np.ndarray:
+        return np.stack([self._draw(scene, t) for t in range(self.frames)])
 
-    def _film(self, background: np.ndarray, sprites: list[Sprite]) -> np.ndarray:
-        return np.stack([self._draw(background, sprites, t) for t in range(self.frames)])
-
-    def _draw(self, background: np.ndarray, sprites: list[Sprite], t: int) -> np.ndarray:
-        picture = background.copy()
-        for sprite in sprites:
+    def _draw(self, scene: Scene, t: int) -> np.ndarray:
+        picture = scene.background.copy()
+        for sprite in (*scene.still, *scene.dragged):
             reach = sprite.radius * 1.3 + 2
             (x0, y0), (x1, y1) = (np.clip(sprite.path[t] + d, 0, self.size).astype(int) for d in (-reach, reach + 1))
             offset = self._grid[y0:y1, x0:x1] - sprite.path[t]
@@ -122,6 +133,11 @@ class SpriteWorld:
             window = picture[y0:y1, x0:x1]
             window += alpha * (colour.clip(0, 1) - window)
         return np.rint(picture * 255).astype(np.uint8)
+
+
+def _delayed(path: np.ndarray, lag: float) -> np.ndarray:
+    frames = np.arange(len(path))
+    return np.stack([np.interp(frames - lag, frames, path[:, axis]) for axis in (0, 1)], -1).astype(np.float32)
 
 
 def _distance(sprite: Sprite, offset: np.ndarray) -> np.ndarray:

@@ -1,0 +1,126 @@
+"""The schema of the training configuration: every key, its type; the defaults live in conf/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class PolicyConfig:
+    path: str
+    weights: str | None
+
+
+@dataclass
+class PromptsConfig:
+    kind: str
+    path: str | None
+    world_seed: int
+
+
+@dataclass
+class RolloutConfig:
+    select: str
+    explore: str
+    group_size: int
+    prompts_per_iteration: int
+    prompts_per_task: int
+    kernel: str
+    eta: float
+    amplitude: float
+    horizon: int
+    cell: int
+    radius: float
+    antithetic: bool
+    renoise: bool
+
+
+@dataclass
+class TermConfig:
+    """fn: {_target_: ...} of a class or factory, or a string naming a function ("module:function", "file.py:function")."""
+
+    fn: Any
+    weight: float = 1.0
+    floor: float = 0.05
+    role: str = "train"
+
+
+@dataclass
+class LearnerConfig:
+    lr: float
+    betas: list[float]
+    weight_decay: float
+    grad_clip: float
+    beta: float
+    clip: float
+    ema: float
+    equalise_steps: bool
+    micro_batch: int
+    updates_per_rollout: int
+    reward_to_go: bool
+    advantage_clip: float
+    permute_advantages: bool
+    ranks: int
+    zero_stage: int
+    bf16: bool
+    ratio_tolerance: float
+
+
+@dataclass
+class RoleConfig:
+    replicas: int
+    num_cpus: float
+    num_gpus: float
+    timeout_s: float
+    retries: int
+
+
+@dataclass
+class ClusterConfig:
+    backend: str
+    address: str
+    fault_share: float
+    rollout: RoleConfig
+    reward: RoleConfig
+    learner: RoleConfig
+
+
+@dataclass
+class TrackingConfig:
+    uri: str | None
+    experiment: str
+    required: bool
+
+
+@dataclass
+class EvaluateConfig:
+    prompts: int
+    seed: int
+    batch: int
+    strips: int
+
+
+@dataclass
+class LoopConfig:
+    iterations: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+
+@dataclass
+class TrainConfig:
+    seed: int
+    run_dir: str | None
+    resume: str
+    policy: PolicyConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig
+    rewards: dict[str, TermConfig]
+    learner: LearnerConfig
+    cluster: ClusterConfig
+    tracking: TrackingConfig
+    evaluate: EvaluateConfig
+    train: LoopConfig
+    fps: float = 8.0
+    notes: dict[str, str] = field(default_factory=dict)

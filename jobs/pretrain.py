@@ -1,0 +1,138 @@
+"""Make the tiny policy from nothing: the codec, then the policy on true drags, then a short stage on late ones.
+
+python -m jobs.pretrain out=outputs/base
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from jobs.cli import job
+from policy.codec import ConvCodec, from_pixels
+from policy.policy import DragPolicy, PolicySettings, build_transformer, read_weights
+from policy.pretrain import fit_codec, fit_policy, psnr
+from policy.transition import shifted_schedule
+from rollout.seeds import seed_of
+from rollout.sprites import SpriteWorld
+from rollout.teaching import example_batches, frame_batches
+
+
+@dataclass
+class CodecConfig:
+    channels: int
+    width: int
+    steps: int
+    lr: float
+    jitter: float
+    batch: int
+    per_video: int
+    path: str | None
+
+
+@dataclass
+class TransformerConfig:
+    heads: int
+    head_dim: int
+    layers: int
+    ffn: int
+
+
+@dataclass
+class StageConfig:
+    steps: int
+    lr: float
+    muon_lr: float
+    lag: list[float]
+
+
+@dataclass
+class TeachingConfig:
+    batch: int
+    pool: int
+    fresh: int
+    ema: float
+    context_noise: float
+    on_schedule: float
+
+
+@dataclass
+class PretrainConfig:
+    seed: int
+    out: str
+    size: int
+    frames: int
+    block: int
+    denoising_steps: int
+    shift: float
+    drag_window: float
+    drag_sigma: float
+    codec: CodecConfig
+    transformer: TransformerConfig
+    teaching: TeachingConfig
+    stages: dict[str, StageConfig]
+
+
+@job("pretrain", PretrainConfig)
+def main(config: PretrainConfig) -> None:
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    record = (out / "pretrain.jsonl").open("w")
+    world = SpriteWorld(config.size, config.frames)
+    codec = make_codec(config, world, record)
+    settings = PolicySettings(config.size, config.frames, config.block, shifted_schedule(config.denoising_steps, config.shift),
+                              None, 0, config.drag_window, config.drag_sigma, config.codec.channels, config.codec.width)  # fmt: skip
+    torch.manual_seed(seed_of(config.seed, "policy"))
+    t, control_channels = config.transformer, config.codec.channels + 2
+    transformer = build_transformer(config.codec.channels, control_channels, t.heads, t.head_dim, t.layers, t.ffn)
+    policy = DragPolicy(settings, transformer, codec)
+    taught = config.teaching
+    for name, stage in config.stages.items():
+        batches = example_batches(policy, world, taught.batch, taught.pool, taught.fresh, tuple(stage.lag),
+                                  seed_of(config.seed, name))  # fmt: skip
+        fit_policy(policy, batches, stage.steps, stage.lr, stage.muon_lr, taught.ema, taught.context_noise, taught.on_schedule,
+                   reporter(record, name), seed_of(config.seed, name, "noise"))  # fmt: skip
+        policy.save(out / name)
+    policy.save(out)
+    print(f"wrote {out}; measure it with: python -m jobs.evaluate policy.path={out}")
+
+
+def make_codec(config: PretrainConfig, world: SpriteWorld, record) -> ConvCodec:
+    c = config.codec
+    torch.manual_seed(seed_of(config.seed, "codec"))
+    codec = ConvCodec(c.channels, c.width)
+    if c.path is not None:
+        codec.load_state_dict(read_weights(c.path))
+        return codec.eval()
+    fit_codec(codec, frame_batches(world, c.batch, c.per_video, config.seed), c.steps, c.lr, c.jitter, reporter(record, "codec"),
+              seed_of(config.seed, "jitter"))  # fmt: skip
+    with torch.no_grad():
+        video = torch.stack([from_pixels(torch.from_numpy(world.truth(world.prompt("heldout", i)))) for i in range(64)])
+        decoded, _ = codec.decode(codec.encode(video))
+    reporter(record, "codec")(c.steps, {"heldout_psnr": psnr(decoded, video)})
+    return codec
+
+
+def reporter(record, stage: str):
+    """Prints a line and keeps it in pretrain.jsonl."""
+
+    def report(step: int, values: dict[str, float]) -> None:
+        line = {
+            "stage": stage,
+            "step": step,
+            **{k: round(v, 5) for k, v in values.items()},
+            "time": round(time.time(), 1),
+        }
+        print(" ".join(f"{k} {v}" for k, v in line.items() if k != "time"), flush=True)
+        record.write(json.dumps(line) + "\n")
+        record.flush()
+
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""A causal, streaming Wan on diffusers' unmodified `WanTransformer3DModel`.
+
+Only the self-attention processors are swapped (`set_processor`, public API); weights, configuration, state-dict keys and
+loading stay diffusers' own. The same weights run in four ways, which agree to rounding:
+
+    block()   one block of frames against a KV cache: the streaming rollout
+    full()    all frames at once under a block-causal mask
+    packed()  [clean | noisy blocks] in one pass: what every block's streamed step computed, for the learner
+    model()   diffusers' own bidirectional forward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from policy.attention import KVCache, StreamAttention, causal_mask, packed_mask, visible_from
+
+from diffusers import WanTransformer3DModel  # isort: skip  (after policy.attention has readied torchvision)
+
+
+class CausalWan(nn.Module):
+    """window: latent frames that a block sees, itself and the sink included (None: all). sink: first frames always seen."""
+
+    def __init__(self, model: WanTransformer3DModel, window: int | None = None, sink: int = 0) -> None:
+        super().__init__()
+        self.model, self.window, self.sink = model, window, sink
+        self.processors = [StreamAttention() for _ in model.blocks]
+        for layer, processor in zip(model.blocks, self.processors):
+            layer.attn1.set_processor(processor)
+        self._masks = lru_cache(maxsize=32)(self._packed_mask)
+
+    def block(self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache) -> Tensor:
+        """Velocity of the next block. x [B, channels, f, h, w]; t: time in 0..1000, scalar or [B]; leaves the cache alone."""
+        return self._stream(x, t, text, cache)[0]
+
+    def append(self, x: Tensor, text: Tensor, cache: KVCache) -> KVCache:
+        """The context pass: the cache after clean block x [B, channels, f, h, w], evicted to the window."""
+        _, fresh, past, seen = self._stream(x, 0.0, text, cache)
+        layers = tuple((torch.cat((p[0], k), 1), torch.cat((p[1], v), 1)) if p is not None else (k, v)
+                       for p, (k, v) in zip(past, fresh))  # fmt: skip
+        end = cache.next_frame + x.shape[2]
+        return KVCache(layers, (*seen, *range(cache.next_frame, end)), end)
+
+    def full(self, x: Tensor, t: Tensor, text: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Velocity of all frames, block-causal. x [B, channels, F, h, w]; t [B, F] in 0..1000; sizes: frames per block."""
+        mask = causal_mask(sizes, self.window, self.sink)
+        return self._whole(x, t, text, mask, torch.arange(x.shape[2]))
+
+    def packed(
+        self, clean: Tensor, noisy: Tensor, t: Tensor, text: Tensor, sizes: Sequence[int], blocks: Sequence[int]
+    ) -> Tensor:
+        """Velocity of the noisy blocks, each given the clean frames before it, in one pass.
+
+        clean [B, channels, K, h, w]: whole blocks from block 0 on, at least those before the last noisy one; noisy
+        [B, channels, n, h, w]: the frames of `blocks`, one after the other; t [B, n] in 0..1000; sizes: frames per
+        block. Returns [B, out_channels, n, h, w].
+        """
+        known = clean.shape[2]
+        mask, ids = self._masks(tuple(sizes), tuple(blocks), known)
+        t = torch.cat((t.new_zeros(t.shape[0], known), t), 1)
+        return self._whole(torch.cat((clean, noisy), 2), t, text, mask, ids)[:, :, known:]
+
+    forward = packed
+
+    def _packed_mask(self, sizes: tuple[int, ...], blocks: tuple[int, ...], known: int) -> tuple[Tensor, Tensor]:
+        return packed_mask(sizes, blocks, known, self.window, self.sink)
+
+    def _whole(self, x: Tensor, t: Tensor, text: Tensor, frame_mask: Tensor, ids: Tensor) -> Tensor:
+        rows, columns = self._grid(x)
+        tokens = rows * columns
+        mask = frame_mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)[None, None].to(x.device)
+        with self._installed(self._rotary(ids, rows, columns), mask):
+            return self.model(x, t.repeat_interleave(tokens, 1), text, return_dict=False)[0]
+
+    def _stream(self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache):
+        rows, columns = self._grid(x)
+        end = cache.next_frame + x.shape[2]
+        keep = visible_from(torch.tensor(cache.frames), torch.tensor(end), self.window, self.sink)
+        past = list(cache.layers) or [None] * len(self.processors)
+        if not keep.all():
+            index = keep.repeat_interleave(rows * columns).nonzero()[:, 0].to(x.device)
+            past = [(k[:, index], v[:, index]) for k, v in past]
+        t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(x.shape[0])
+        with self._installed(self._rotary(torch.arange(cache.next_frame, end), rows, columns), None, past):
+            v = self.model(x, t, text, return_dict=False)[0]
+            fresh = [processor.fresh for processor in self.processors]
+        return v, fresh, past, [f for f, kept in zip(cache.frames, keep.tolist()) if kept]
+
+    @contextmanager
+    def _installed(self, rotary, mask: Tensor | None, past: Sequence | None = None):
+        for i, processor in enumerate(self.processors):
+            processor.rotary, processor.mask, processor.past = rotary, mask, past[i] if past else None
+        try:
+            yield
+        finally:
+            for processor in self.processors:
+                processor.rotary = processor.mask = processor.past = processor.fresh = None
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        _, patch_h, patch_w = self.model.config.patch_size
+        return x.shape[3] // patch_h, x.shape[4] // patch_w
+
+    def _rotary(self, frames: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables [1, L, 1, head_dim] of absolute frame ids; the model's own rope starts every call at frame 0."""
+        rope = self.model.rope
+        tables = []
+        for table in (rope.freqs_cos, rope.freqs_sin):
+            time, y, x = table.split([rope.t_dim, rope.h_dim, rope.w_dim], 1)
+            f = len(frames)
+            grid = (time[frames.to(table.device)].view(f, 1, 1, -1).expand(f, rows, columns, -1),
+                    y[:rows].view(1, rows, 1, -1).expand(f, rows, columns, -1),
+                    x[:columns].view(1, 1, columns, -1).expand(f, rows, columns, -1))  # fmt: skip
+            tables.append(torch.cat(grid, -1).reshape(1, f * rows * columns, 1, -1))
+        return tables[0], tables[1]
+
+
+def widen_input(model: WanTransformer3DModel, extra: int) -> WanTransformer3DModel:
+    """Adds `extra` zero-initialised control channels to the patch embedding; the function computed is unchanged."""
+    old = model.patch_embedding
+    new = nn.Conv3d(old.in_channels + extra, old.out_channels, old.kernel_size, old.stride).to(old.weight)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        new.bias.copy_(old.bias)
+    model.patch_embedding = new
+    model.register_to_config(in_channels=old.in_channels + extra)
+    return model

@@ -1,0 +1,170 @@
+"""The training loop: roll out, score, learn, synchronise; and what is written down of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rl.advantage import TermWeight, advantages, permuted
+from rl.fleet import Fleet, FleetError, Task, as_completed, fetch
+from rl.learner import Advantages
+from rl.workers import GroupScores
+from rollout.seeds import seed_of
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """prompts_per_task: prompts that one rollout call generates together; it decides rounding, so results do not depend on how many
+    workers there are. reward_to_go: a block is credited with all frames from it on, not with its own alone. advantage_clip: of
+    |A|. permute: give advantages to the wrong members (the control that must not improve). fault_share: share of unscored
+    groups in an iteration above which the run stops.
+    """
+
+    seed: int
+    iterations: int
+    prompts_per_iteration: int
+    prompts_per_task: int
+    reward_to_go: bool
+    advantage_clip: float
+    permute: bool
+    fault_share: float
+    checkpoint_every: int
+
+
+@dataclass(frozen=True)
+class Fleets:
+    rollout: Fleet
+    reward: Fleet
+    learner: Fleet
+
+
+@dataclass
+class Clock:
+    """Seconds per phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def train(fleets: Fleets, terms: Mapping[str, TermWeight], settings: LoopSettings, start: int,
+          log: Callable[[int, Metrics], None], checkpoint: Callable[[int], None]) -> Clock:  # fmt: skip
+    """Runs iterations start..settings.iterations - 1; the rollout workers must hold the learner's weights.
+
+    log: called with (step, metrics) after every iteration; steps count from 1. checkpoint: called with the step every
+    `checkpoint_every` steps and at the end.
+    """
+    total = Clock()
+    for iteration in range(start, settings.iterations):
+        clock = Clock()
+        with clock("rollout"):
+            scoring, replays = roll_out(fleets, settings, iteration)
+        with clock("reward"):
+            scores, faults = collect(scoring, settings)
+        with clock("learn"):
+            given = credit(scores, terms, settings, iteration)
+            ranks = fleets.learner.spec.replicas
+            stats = fetch(fleets.learner.scatter("update", [(replays[r::ranks], given) for r in range(ranks)]))
+        with clock("sync"):
+            synchronise(fleets)
+        step = iteration + 1
+        log(step, {
+            **summarise(scores, terms),
+            **{f"train/{name}": float(np.mean([s[name] for s in stats])) for name in stats[0]},
+            **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
+            "masked/groups": float(faults),
+            "system/restarts": float(sum(f.restarts for f in (fleets.rollout, fleets.reward, fleets.learner))),
+        })  # fmt: skip
+        for phase, seconds in clock.seconds.items():
+            total.seconds[phase] = total.seconds.get(phase, 0.0) + seconds
+        if step % settings.checkpoint_every == 0 or step == settings.iterations:
+            checkpoint(step)
+    return total
+
+
+def roll_out(fleets: Fleets, settings: LoopSettings, iteration: int) -> tuple[list[Task], list]:
+    """Generates the iteration's groups; every chunk goes to the rewards as soon as it is finished.
+
+    Returns the scoring tasks, and references to the replays in the order of the prompts. The version asked for is the iteration.
+    """
+    first = settings.seed * 1_000_000 + iteration * settings.prompts_per_iteration
+    indices = list(range(first, first + settings.prompts_per_iteration))
+    chunks = [indices[i : i + settings.prompts_per_task] for i in range(0, len(indices), settings.prompts_per_task)]
+    rolling = {
+        fleets.rollout.submit("rollout", iteration, chunk, iteration, returns=2): i for i, chunk in enumerate(chunks)
+    }
+    scoring, replays = [], [None] * len(chunks)
+    for task in as_completed(rolling):
+        groups, replays[rolling[task]] = task.result()
+        scoring.append(fleets.reward.submit("score", groups, iteration))
+    return scoring, replays
+
+
+def collect(scoring: Sequence[Task], settings: LoopSettings) -> tuple[list[GroupScores], int]:
+    """The scores that came, and how many chunks did not; raises FleetError when those are too many."""
+    scores, lost = [], []
+    for task in as_completed(scoring):
+        if task.fault is not None and task.fault.kind == "error":
+            task.fault.throw()
+        if task.fault is None:
+            scores.extend(fetch(task.values[0]))
+        else:
+            lost.append(task.fault.text)
+    if len(lost) > settings.fault_share * len(scoring):
+        raise FleetError(f"{len(lost)} of {len(scoring)} chunks could not be scored: {lost[0]}")
+    return sorted(scores, key=lambda s: s.group_id), len(lost)
+
+
+def credit(
+    scores: Sequence[GroupScores], terms: Mapping[str, TermWeight], settings: LoopSettings, iteration: int
+) -> Advantages:
+    """Advantages per group and block. A term that failed on a group is NaN there and masked."""
+    given: dict[str, dict[int, np.ndarray]] = {}
+    for group in scores:
+        blocks = {}
+        for block in group.starts:
+            by_term = {name: group.block(name, block, settings.reward_to_go) for name in terms}
+            blocks[block] = advantages(by_term, terms, settings.advantage_clip)
+            if settings.permute:
+                blocks[block] = permuted(
+                    blocks[block], seed_of(settings.seed, iteration, group.group_id, block, "permute")
+                )
+        given[group.group_id] = blocks
+    return given
+
+
+def synchronise(fleets: Fleets, averaged: bool = False) -> None:
+    """Brings the learner's weights to every rollout worker and checks that all then hold the same."""
+    weights = fleets.learner.broadcast("weights", averaged)[0]
+    held = fetch(fleets.rollout.broadcast("load_weights", weights, keep=True))
+    if len(set(held)) != 1:
+        raise FleetError(f"rollout workers hold different weights: {', '.join(sorted(set(held)))}")
+
+
+def summarise(scores: Sequence[GroupScores], terms: Mapping[str, TermWeight]) -> Metrics:
+    """Means over everything scored, and how much the members of a group differ."""
+    metrics: Metrics = {}
+    for name in scores[0].frames:
+        values = [g.frames[name] for g in scores]
+        metrics[f"reward/{name}"] = float(np.mean([np.nanmean(v) for v in values if np.isfinite(v).any()] or [np.nan]))
+        per_member = [g.block(name, b, True) for g in scores for b in g.starts]
+        spread = np.array([np.nanstd(m) for m in per_member if np.isfinite(m).any()])
+        metrics[f"group/{name}/std"] = float(spread.mean()) if len(spread) else float("nan")
+        if name in terms:
+            metrics[f"group/{name}/zero_spread"] = float((spread == 0).mean()) if len(spread) else float("nan")
+    for name in scores[0].metrics:
+        metrics[f"reward/{name}"] = float(np.nanmean(np.concatenate([g.metrics[name] for g in scores])))
+    metrics["masked/terms"] = float(sum(len(g.faults) for g in scores))
+    return metrics

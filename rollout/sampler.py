@@ -1,0 +1,122 @@
+"""Streaming generation of a batch of prompts: the process that is deployed, and therefore the process that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policy.attention import KVCache
+from policy.codec import CodecState, from_pixels, to_pixels
+from policy.control import Drag
+from policy.policy import DragPolicy
+from policy.transition import ode_step
+from rollout.plan import NoisePlan
+from rollout.prompts import DragPrompt
+
+
+def collate(prompts: Sequence[DragPrompt]) -> Drag:
+    """Prompts as one batch; prompts with fewer points are padded with invisible ones."""
+    points = max(p.tracks.shape[1] for p in prompts)
+
+    def pad(array: np.ndarray) -> Tensor:
+        missing = points - array.shape[1]
+        return torch.from_numpy(np.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)))
+
+    first = torch.from_numpy(np.stack([p.first_frame for p in prompts])[:, None])
+    return Drag(from_pixels(first)[:, :, 0], torch.stack([pad(p.tracks) for p in prompts]).float(),
+                torch.stack([pad(p.visible) for p in prompts]))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A batch of videos in the making; never changed, so a stream can be forked by `rows`.
+
+    control [B, Cc, F, h, w]; cache: keys and values of the finished frames; codec_state: of the frames decoded so far; block: the next one.
+    """
+
+    drag: Drag
+    control: Tensor
+    cache: KVCache
+    codec_state: CodecState
+    block: int
+
+    def rows(self, index: Tensor) -> Stream:
+        state = self.codec_state and tuple(None if part is None else part[index] for part in self.codec_state)
+        return Stream(self.drag.rows(index), self.control[index], self.cache.rows(index), state, self.block)
+
+
+class Sampler:
+    """Block by block: N denoising steps against the cache, then one context pass on the finished block (Self-Rollout).
+
+    renoise: unselected steps draw fresh noise (for a student trained on renoised inputs) in place of the ODE step.
+    """
+
+    def __init__(self, policy: DragPolicy, renoise: bool = False) -> None:
+        self.policy, self.renoise = policy, renoise
+        starts = np.cumsum((0, *policy.sizes))
+        self.frames = [slice(int(a), int(b)) for a, b in zip(starts, starts[1:])]
+        self.levels = list(zip(policy.sigmas, policy.sigmas[1:]))
+
+    def begin(self, prompts: Sequence[DragPrompt]) -> tuple[Stream, Tensor]:
+        """The stream after its given first frame, and that frame's latent [B, C, 1, h, w]."""
+        drag = collate(prompts)
+        device = self.policy.net.model.device
+        drag = Drag(drag.first_frame.to(device), drag.tracks.to(device), drag.visible.to(device))
+        first = self.policy.first_latent(drag)
+        _, codec_state = self.policy.codec.decode(first, None)
+        stream = Stream(drag, self.policy.control.encode(drag), KVCache(), codec_state, 0)
+        return self.append(stream, first), first
+
+    def initial(self, plans: Sequence[NoisePlan], block: int) -> Tensor:
+        shape = self._shape(block)
+        return torch.stack([p.initial(block, shape) for p in plans]).to(self.policy.net.model.device)
+
+    def velocity(self, stream: Stream, x: Tensor, s: float, control: Tensor | None = None) -> Tensor:
+        """The network at state x [B, C, f, h, w] of the stream's next block, at noise level s."""
+        control = stream.control[:, :, self.frames[stream.block]] if control is None else control
+        return self.policy.net.block(torch.cat((x, control), 1), s * 1000, self.policy.text(len(x)), stream.cache)
+
+    def advance(self, x: Tensor, v: Tensor, step: int, plans: Sequence[NoisePlan], block: int) -> Tensor:
+        """An unselected step."""
+        s, s2 = self.levels[step]
+        if not self.renoise or s2 == 0:
+            return ode_step(x, v, s, s2)
+        noise = torch.stack([p.renoise(block, step, self._shape(block)) for p in plans]).to(x)
+        return (1 - s2) * (x - s * v) + s2 * noise
+
+    def finish(self, stream: Stream, x: Tensor, step: int, plans: Sequence[NoisePlan]) -> Tensor:
+        """Denoises x from before step `step` to the clean block."""
+        for k in range(step, len(self.levels)):
+            x = self.advance(x, self.velocity(stream, x, self.levels[k][0]), k, plans, stream.block)
+        return x
+
+    def append(self, stream: Stream, block: Tensor) -> Stream:
+        """The context pass on a finished block [B, C, f, h, w]."""
+        x = torch.cat((block, stream.control[:, :, self.frames[stream.block]]), 1)
+        cache = self.policy.net.append(x, self.policy.text(len(x)), stream.cache)
+        return replace(stream, cache=cache, block=stream.block + 1)
+
+    def decode(self, stream: Stream, block: Tensor) -> tuple[np.ndarray, Stream]:
+        """Pixels uint8 [B, t, H, W, 3] of the next block, and the stream with its decoder moved on."""
+        video, state = self.policy.codec.decode(block, stream.codec_state)
+        return to_pixels(video).cpu().numpy(), replace(stream, codec_state=state)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[DragPrompt], plans: Sequence[NoisePlan]) -> np.ndarray:
+        """Whole videos uint8 [B, T, H, W, 3] without exploration: what evaluation and deployment do."""
+        stream, _ = self.begin(prompts)
+        video = [np.stack([p.first_frame for p in prompts])[:, None]]
+        while stream.block < len(self.frames):
+            x = self.finish(stream, self.initial(plans, stream.block), 0, plans)
+            pixels, stream = self.decode(stream, x)
+            video.append(pixels)
+            stream = self.append(stream, x)
+        return np.concatenate(video, 1)
+
+    def _shape(self, block: int) -> tuple[int, ...]:
+        channels, h, w = self.policy.latent_shape
+        return channels, self.policy.sizes[block], h, w

@@ -1,0 +1,53 @@
+"""What a rollout worker does, as a plain class: it holds a policy and rolls out the prompts that it is told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from policy.policy import load_policy
+from rollout.group import GroupSampler, RolloutSettings
+from rollout.plan import NoisePlan, make_plan
+from rollout.prompts import DragPrompt, PromptSource
+from rollout.records import GroupRollout, Replay
+
+
+@dataclass(frozen=True)
+class Films:
+    """Whole videos uint8 [P, T, H, W, 3] of P prompts, and the true ones where they are known (same shape, else None)."""
+
+    prompts: tuple[DragPrompt, ...]
+    videos: np.ndarray
+    truths: np.ndarray | None
+
+
+class RolloutWorker:
+    """policy_path, weights: of `load_policy`. source: makes the prompt source in the worker's own process."""
+
+    def __init__(self, policy_path: str, weights: str | None, settings: RolloutSettings, source: Callable[[], PromptSource],
+                 seed: int) -> None:  # fmt: skip
+        self.policy = load_policy(policy_path, weights)
+        self.policy.net.requires_grad_(False)
+        self.groups = GroupSampler(self.policy, settings)
+        self.source, self.settings, self.seed = source(), settings, seed
+        self.version = 0
+
+    def rollout(self, iteration: int, indices: Sequence[int], version: int) -> tuple[list[GroupRollout], list[Replay]]:
+        """Groups and replays of the train prompts `indices`. Raises ValueError unless it holds weights `version`."""
+        if version != self.version:
+            raise ValueError(f"asked for weights {version}, but this rollout worker holds {self.version}")
+        prompts = [self.source.prompt("train", i) for i in indices]
+        sizes, steps = self.policy.sizes, len(self.policy.sigmas) - 1
+        plans = [make_plan(self.seed, iteration, p.id, self.settings.select, self.settings.group_size, len(sizes) - 1, steps)
+                 for p in prompts]  # fmt: skip
+        return self.groups.rollout(prompts, plans, version)
+
+    def generate(self, split: str, indices: Sequence[int], noise_seed: int) -> Films:
+        """Videos of the prompts by the ODE from fixed initial noise, a function of (noise_seed, prompt) alone."""
+        prompts = [self.source.prompt(split, i) for i in indices]
+        plans = [NoisePlan((noise_seed, "generate", p.id), 1, ()) for p in prompts]
+        videos = self.groups.sampler.generate(prompts, plans)
+        truths = [self.source.truth(p) for p in prompts]
+        return Films(tuple(prompts), videos, None if truths[0] is None else np.stack(truths))
