@@ -1,0 +1,331 @@
+"""Fleets of Ray actors, owned and restarted by the driver (Ray's own restarts are off: they would lose the weights).
+
+A replica's life:
+
+    _spawn --> build --> latest kept calls --> routable <--> busy with one call
+                 ^                                            |
+                 +---------- replaced (replace=True) <-- died, or past the deadline and killed
+
+What a replica must run first (`todo`: build, kept calls, its share of a call in lockstep) comes before anything from
+the fleet's queue. A call in lockstep starts when all replicas are routable; nothing else starts until it is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from rl.fleet import Fault, Fleet, FleetError, FleetSpec, FleetSpecError, Task, fetch, run_call
+
+log = logging.getLogger(__name__)
+
+# In the environment before the process starts, so that they hold before any import. Contended OpenMP threads cost 10x.
+SINGLE_THREADED = {name: "1" for name in ("OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")}
+GRACE_S = 5.0  # how long the other ranks of a failed call in lockstep may take to say what they saw
+PATIENCE_S = 5.0  # without news: look again, and say which replica finds no place
+READY, BUILD = "__ready__", "__build__"
+_LIVE: list[RayFleet] = []
+
+
+@contextmanager
+def ray_session(address: str = "local", num_cpus: int | None = None, object_store_gb: float = 1.0) -> Iterator[None]:
+    """Connected to Ray inside the block; on leaving it all fleets are closed. An open connection is used and left open.
+
+    address: "local" starts a private Ray on this machine with num_cpus (None: all) and an object store of
+    object_store_gb; "auto" connects to the cluster of the Ray Job, of RAY_ADDRESS or of this machine; else "host:port".
+    Raises FleetSpecError where no cluster answers.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if address == "local":
+            store = int(object_store_gb * 2**30)
+            ray.init("local", num_cpus=num_cpus, object_store_memory=store, include_dashboard=False,
+                     log_to_driver=False, logging_level=logging.ERROR)  # fmt: skip
+        else:
+            ray.init(address)
+    except ConnectionError as error:
+        raise FleetSpecError(f"no Ray cluster at {address!r}: run `ray start --head` or use cluster=local") from error
+    try:
+        yield
+    finally:
+        while _LIVE:
+            _LIVE[-1].close()
+        ray.shutdown()
+
+
+@ray.remote
+class _Host:
+    """The actor: holds one plain object and reports what its methods raise, instead of raising it, because Ray replaces
+    exceptions by its own."""
+
+    def call(self, method: str, returns: int, *args: Any) -> tuple:
+        """(value 1, ..., value `returns`, fault or None): the fault last, because where a value cannot be sent Ray has
+        already stored what comes before it."""
+        # No limit of its own: the driver kills this process at the deadline of the call.
+        args = [fetch(arg, None) if isinstance(arg, list) else arg for arg in args]
+        outcome = run_call(self if method in (READY, BUILD) else self.worker, method, args, returns)
+        if isinstance(outcome, Fault):
+            return (*[None] * returns, replace(outcome, exception=_portable(outcome.exception)))
+        return (*outcome, None)
+
+    def __ready__(self) -> None:
+        """Answers as soon as the process is up, which tells a slow factory from a cluster without room."""
+
+    def __build__(self, build: Callable[[], Any]) -> None:
+        self.worker = build()
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The exception if it is a user error (ValueError) that survives the way to another process, else None."""
+    try:
+        return pickle.loads(ray.cloudpickle.dumps(error)) if isinstance(error, ValueError) else None
+    except Exception:  # a class of its own may refuse in any way; the fault's text is enough then
+        return None
+
+
+@dataclass(eq=False)
+class _Call:
+    """One method call on one replica. task None: part of a replica's start. index: its place in the task's parts."""
+
+    method: str
+    args: Sequence
+    returns: int
+    timeout_s: float
+    task: Task | None = None
+    index: int = 0
+    losses: int = 0
+
+
+@dataclass(eq=False)
+class _Replica:
+    index: int
+    actor: ray.actor.ActorHandle
+    todo: deque[_Call]
+    failed_starts: int = 0
+    call: _Call | None = None
+    references: list[ray.ObjectRef] = field(default_factory=list)
+    started: float = 0.0
+    deadline: float = 0.0
+    warned: bool = False
+
+    def start(self, call: _Call) -> None:
+        method = self.actor.call.options(num_returns=call.returns + 1)
+        self.references = method.remote(call.method, call.returns, *call.args)
+        self.call, self.started = call, time.monotonic()
+        self.deadline = self.started + call.timeout_s
+
+
+@dataclass(eq=False)
+class _Batch:
+    """What the queue holds: a task with one call, or with one per replica. keep: see `Fleet.submit_all`."""
+
+    task: Task
+    calls: list[_Call]
+    keep: bool = False
+
+
+class RayFleet(Fleet):
+    """See the module docstring. Where a worker cannot be started, whatever waits at that time raises: the worker's own
+    ValueError, FleetSpecError if the cluster lacks the resources, else FleetError."""
+
+    def __init__(self, build: Callable[[], Any], spec: FleetSpec, on_restart: Callable[[Fault], None] | None) -> None:
+        super().__init__(spec)
+        self.on_restart = on_restart
+        self.loss: Fault | None = None  # what ended a fleet whose replicas are not replaced
+        self._place = _Call(READY, (), 1, spec.start_timeout_s)
+        self._build = _Call(BUILD, (build,), 1, spec.start_timeout_s)
+        self._kept: dict[str, list[_Call]] = {}
+        self._queue: deque[_Batch] = deque()
+        self._lockstep: _Batch | None = None
+        self.replicas = [self._spawn(i) for i in range(spec.replicas)]
+        _LIVE.append(self)
+
+    def submit(self, method: str, *args: Any, returns: int = 1) -> Task:
+        task = Task(self, method, [None])
+        return self._enqueue(_Batch(task, [_Call(method, args, returns, self.spec.timeout_s, task)]))
+
+    def submit_all(self, method: str, rows: Sequence[tuple], keep: bool = False) -> Task:
+        self.check_rows(method, rows)
+        task = Task(self, method, [None] * len(rows), lockstep=True)
+        calls = [_Call(method, row, 1, self.spec.timeout_s, task, i) for i, row in enumerate(rows)]
+        return self._enqueue(_Batch(task, calls, keep))
+
+    def _enqueue(self, batch: _Batch) -> Task:
+        if self.loss:
+            raise FleetError(f"fleet {self.spec.name!r} has ended: {self.loss.text}")
+        self._queue.append(batch)
+        _turn(0.0)
+        return batch.task
+
+    def advance(self) -> None:
+        _turn(PATIENCE_S)
+
+    def close(self) -> None:
+        if self not in _LIVE:
+            return
+        _LIVE.remove(self)
+        self.loss = self.loss or Fault("crash", "it was closed")
+        for replica in self.replicas:
+            ray.kill(replica.actor)
+            for call in (replica.call, *replica.todo):
+                if call and call.task:
+                    call.task.parts[call.index] = self.loss
+            replica.call = None
+        self._fail_queue(self.loss)
+
+    def dispatch(self) -> None:
+        """Starts whatever may start now."""
+        for replica in self.replicas:
+            if replica.call is None and replica.todo:
+                replica.start(replica.todo.popleft())
+        while self._queue and self._lockstep is None:
+            batch = self._queue[0]
+            routable = [replica for replica in self.replicas if replica.call is None]
+            if len(routable) < (len(self.replicas) if batch.task.lockstep else 1):
+                return
+            self._queue.popleft()
+            self._lockstep = batch if batch.task.lockstep else None
+            for replica, call in zip(routable, batch.calls):
+                replica.start(call)
+
+    def collect(self, replica: _Replica) -> None:
+        """Takes what a replica's finished call gave."""
+        call, (*values, status) = replica.call, replica.references
+        replica.call, replica.references = None, []
+        try:
+            fault = ray.get(status, timeout=GRACE_S)
+        except RayTaskError as error:  # a result that cannot be sent, an argument that cannot be received
+            lines = str(error).strip().splitlines()
+            fault = Fault("error", lines[-1], "\n".join(lines[-6:-1]))
+        except RayError as error:
+            cause = str(error).strip().splitlines()[-1].split(" Some common causes")[0]
+            self.lose(replica, call, Fault("crash", f"the worker died: {cause}", str(error)))
+            return
+        if fault is None:
+            self._settle(call, tuple(values))
+        else:
+            self._settle(call, self.locate(fault, replica.index, call.method))
+
+    def check(self, replica: _Replica, now: float) -> None:
+        """Gives up a replica whose call is past its deadline; tells early that one finds no place."""
+        call, elapsed = replica.call, now - replica.started
+        if call is None:
+            return
+        late = now >= replica.deadline
+        look = call is self._place and (late or (elapsed > PATIENCE_S and not replica.warned))
+        if look and (shortage := self._shortage()):
+            if late:
+                self.close()
+                raise FleetSpecError(shortage)
+            log.warning("%s; waiting for %.0f s in all", shortage, call.timeout_s)
+            replica.warned = True
+        if late:
+            replica.call = None
+            self.lose(replica, call, Fault("timeout", f"no result after {elapsed:.1f} s, the worker was killed"))
+
+    def lose(self, replica: _Replica, call: _Call, fault: Fault) -> None:
+        """Ends a replica that died or hangs; if the spec says so, starts another and gives the call its next chance."""
+        ray.kill(replica.actor)
+        fault = self.locate(fault, replica.index, call.method)
+        log.warning(fault.text)
+        if not self.spec.replace:
+            self.loss = self.loss or fault
+            self._fail_queue(fault)
+        starting = call.task is None
+        chances = self.spec.retries - (replica.failed_starts if starting else call.losses)
+        if not self.spec.replace or (starting and not chances):
+            self._settle(call, fault)
+            return
+        self.restarts += 1
+        if self.on_restart:
+            self.on_restart(fault)
+        new = self.replicas[replica.index] = self._spawn(replica.index)
+        new.failed_starts = replica.failed_starts + starting
+        new.todo.extend(waiting for waiting in replica.todo if waiting.task)
+        if starting:
+            return
+        call.losses += 1
+        if not chances:
+            self._settle(call, fault)
+        elif call.task.lockstep:
+            new.todo.append(call)
+        else:
+            self._queue.appendleft(_Batch(call.task, [call]))
+
+    def _settle(self, call: _Call, outcome: tuple | Fault) -> None:
+        if call.task is None:
+            if isinstance(outcome, Fault):
+                self.close()
+                outcome.throw()
+            return
+        call.task.parts[call.index] = outcome
+        if not call.task.lockstep:
+            return
+        if isinstance(outcome, Fault) and not self.spec.replace:
+            for replica in self.replicas:
+                replica.deadline = min(replica.deadline, time.monotonic() + GRACE_S)
+        if call.task.done:
+            if self._lockstep.keep and not call.task.fault:
+                self._kept.pop(call.method, None)  # replayed in the order of their latest calls
+                self._kept[call.method] = [replace(kept, task=None) for kept in self._lockstep.calls]
+            self._lockstep = None
+
+    def _spawn(self, index: int) -> _Replica:
+        actor = _Host.options(
+            num_cpus=self.spec.num_cpus,
+            num_gpus=self.spec.num_gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": SINGLE_THREADED | dict(self.spec.env)},
+        ).remote()
+        kept = [calls[index] for calls in self._kept.values()]
+        return _Replica(index, actor, deque([self._place, self._build, *kept]))
+
+    def _fail_queue(self, fault: Fault) -> None:
+        for batch in self._queue:
+            batch.task.parts = [fault] * len(batch.task.parts)
+        self._queue.clear()
+
+    def _shortage(self) -> str:
+        free, total = ray.available_resources(), ray.cluster_resources()
+        lacking = " and ".join(
+            f"{need:g} {kind} ({free.get(kind, 0):g} of {total.get(kind, 0):g} free)"
+            for kind, need in (("CPU", self.spec.num_cpus), ("GPU", self.spec.num_gpus))
+            if need > free.get(kind, 0)
+        )
+        if not lacking:
+            return ""
+        count = f"each of {self.spec.replicas} replicas" if self.spec.replicas > 1 else "its replica"
+        return f"fleet {self.spec.name!r}: {count} needs {lacking}; lower replicas, num_cpus or num_gpus, or add nodes"
+
+
+def _turn(wait_s: float) -> None:
+    """One turn for all fleets: start what may start, wait up to wait_s for a result, take results, kill the late."""
+    for fleet in _LIVE:
+        fleet.dispatch()
+    busy = {replica.references[-1]: (fleet, replica) for fleet in _LIVE for replica in fleet.replicas if replica.call}
+    if busy:
+        first_deadline = min(replica.deadline for _, replica in busy.values())
+        wait_s = min(wait_s, max(0.0, first_deadline - time.monotonic()))
+        ray.wait(list(busy), timeout=wait_s, fetch_local=False)
+        # The driver may have been away for long: everything that finished counts before anything is called late.
+        finished, _ = ray.wait(list(busy), num_returns=len(busy), timeout=0, fetch_local=False)
+        for reference in finished:
+            fleet, replica = busy[reference]
+            fleet.collect(replica)
+        for fleet, replica in busy.values():
+            fleet.check(replica, time.monotonic())
+        for fleet in _LIVE:
+            fleet.dispatch()
