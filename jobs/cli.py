@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 log = logging.getLogger("dragline")
-CONF = Path(__file__).resolve().parents[1] / "conf"
+ROOT = Path(__file__).resolve().parents[1]
+OmegaConf.register_new_resolver("repo", lambda path: str(ROOT / path), replace=True)
 
 
 class ConfigError(ValueError):
@@ -28,10 +29,10 @@ def job(name: str, schema: type) -> Callable[[Callable[[Any], None]], Callable[[
 
     ValueError (the base of all errors that a user can mend) and OSError become one line and exit status 1.
     """
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    ConfigStore.instance().store(name=schema.__name__, node=schema)
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
-        @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
+        @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)
         def entry(config: DictConfig) -> None:
             torch.set_num_threads(1)
             cv2.setNumThreads(1)

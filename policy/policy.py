@@ -43,6 +43,12 @@ class PolicySettings:
     codec_channels: int
     codec_width: int
 
+    def __post_init__(self) -> None:
+        if self.frames < 2 or (self.frames - 1) % self.block:
+            raise ValueError(f"frames={self.frames} must be one given frame and whole blocks of block={self.block}")
+        if self.window is not None and self.window < self.sink + self.block:
+            raise ValueError(f"window={self.window} must hold the sink={self.sink} and a block={self.block}")
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """Latent frames per block; block 0 is the given first frame."""
@@ -83,14 +89,7 @@ class DragPolicy:
         return self.net.model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor], source: str = "the given weights") -> None:
-        own = self.net.model.state_dict()
-        wrong = [f"{k}: {list(state[k].shape)} given, {list(own[k].shape)} needed" for k in own.keys() & state.keys()
-                 if state[k].shape != own[k].shape]  # fmt: skip
-        lost, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if wrong or lost or unknown:
-            what = wrong or [f"missing {k}" for k in lost] or [f"unknown {k}" for k in unknown]
-            raise WeightsError(f"{source} does not fit this policy ({what[0]}; {len(wrong) + len(lost) + len(unknown)} in all); "
-                               "choose the policy=... that it was trained with")  # fmt: skip
+        check_fit(self.net.model.state_dict(), state, source)
         self.net.model.load_state_dict(state)
 
     def save(self, path: Path) -> None:
@@ -106,19 +105,42 @@ def load_policy(path: str | Path, weights: str | Path | None = None) -> DragPoli
 
     Raises WeightsError when a file is missing, damaged, or of another shape.
     """
-    path = Path(path)
-    settings_file = path / "policy.json"
-    if not settings_file.is_file():
-        raise WeightsError(f"{path} is no policy folder (no policy.json); give a folder written by jobs.pretrain")
-    raw = json.loads(settings_file.read_text())
-    settings = PolicySettings(**{**raw, "sigmas": tuple(raw["sigmas"])})
+    path, settings = Path(path), read_settings(path)
     codec = ConvCodec(settings.codec_channels, settings.codec_width)
-    codec.load_state_dict(read_weights(path / "codec.safetensors"))
-    transformer = WanTransformer3DModel.from_pretrained(path / "transformer", local_files_only=True)
-    policy = DragPolicy(settings, transformer, codec)
+    state = read_weights(path / "codec.safetensors")
+    check_fit(codec.state_dict(), state, str(path / "codec.safetensors"))
+    codec.load_state_dict(state)
+    policy = DragPolicy(settings, read_transformer(path / "transformer"), codec)
     if weights is not None:
         policy.load_state_dict(read_weights(weights), str(weights))
     return policy
+
+
+def read_settings(path: str | Path) -> PolicySettings:
+    """What kind of policy a folder holds, without its weights; WeightsError when it holds none."""
+    file = Path(path) / "policy.json"
+    try:
+        raw = json.loads(file.read_text())
+        return PolicySettings(**{**raw, "sigmas": tuple(raw["sigmas"])})
+    except FileNotFoundError:
+        raise WeightsError(f"{path} is no policy folder (no policy.json); give one written by jobs.pretrain") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{file} is damaged: {error}; restore it or choose another policy.path") from error
+
+
+def read_transformer(path: Path) -> WanTransformer3DModel:
+    """A transformer in diffusers format; WeightsError naming it when a file is missing, damaged or misshapen."""
+    try:
+        transformer, info = WanTransformer3DModel.from_pretrained(path, local_files_only=True, use_safetensors=True,
+                                                                  output_loading_info=True)  # fmt: skip
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).split(". ")[0].rstrip(".") if (path / "config.json").is_file() else "no config.json"
+        raise WeightsError(f"cannot read the transformer {path}: {reason}; restore it or choose another") from error
+    # diffusers fills what a file lacks with random numbers and goes on.
+    if info["missing_keys"] or info["unexpected_keys"]:
+        keys = sorted((*info["missing_keys"], *info["unexpected_keys"]))
+        raise WeightsError(f"{path} is not whole: {keys[0]} is missing or unknown; restore it or choose another")
+    return transformer
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -127,6 +149,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"cannot read weights {path}: {error}; restore the file or choose another") from error
+
+
+def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """Raises WeightsError naming the source and the first entry of `state` that `own` does not have in that shape."""
+    wrong = [f"{k}: {list(state[k].shape)} given, {list(own[k].shape)} needed" for k in own.keys() & state.keys()
+             if state[k].shape != own[k].shape]  # fmt: skip
+    lost, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if wrong or lost or unknown:
+        what = wrong or [f"missing {k}" for k in lost] or [f"unknown {k}" for k in unknown]
+        raise WeightsError(f"{source} does not fit this policy ({what[0]}; {len(wrong) + len(lost) + len(unknown)} in all); "
+                           "choose the policy=... that it was trained with")  # fmt: skip
 
 
 def build_transformer(channels: int, control_channels: int, heads: int, head_dim: int, layers: int, ffn: int,

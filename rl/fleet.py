@@ -19,6 +19,7 @@ from __future__ import annotations
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NoReturn
@@ -242,6 +243,16 @@ def make_fleet(
     raise FleetSpecError(f"fleet {spec.name!r}: backend must be 'inline' or 'ray', not {backend!r}")
 
 
+@contextmanager
+def closing(*fleets: Fleet) -> Iterator[tuple[Fleet, ...]]:
+    """The fleets, closed on leaving the block whatever happens in it."""
+    try:
+        yield fleets
+    finally:
+        for fleet in fleets:
+            fleet.close()
+
+
 def as_completed(tasks: Iterable[Task]) -> Iterator[Task]:
     """Yields the tasks, of one or several fleets, as they are done, with `.values` or a `.fault`; every wait inside is
     bounded by the calls' deadlines."""
@@ -261,8 +272,9 @@ def fetch(reference: Any, timeout_s: float | None = 60.0) -> Any:
     """
     if not isinstance(reference, list | tuple):
         return fetch([reference], timeout_s)[0]
+    remote = [item for item in reference if isinstance(item, ray.ObjectRef)]
     try:
-        values = iter(ray.get([item for item in reference if isinstance(item, ray.ObjectRef)], timeout=timeout_s))
+        values = iter(ray.get(remote, timeout=timeout_s) if remote else [])
     except ray.exceptions.RayError as error:
         raise FleetError(f"a result could not be fetched within {timeout_s} s: {str(error).splitlines()[0]}") from error
     return [next(values) if isinstance(item, ray.ObjectRef) else item for item in reference]

@@ -11,11 +11,12 @@ import numpy as np
 
 from rl.advantage import TermWeight, advantages, permuted
 from rl.fleet import Fleet, FleetError, Task, as_completed, fetch
-from rl.learner import Advantages
-from rl.workers import GroupScores
+from rl.reward_worker import GroupScores
 from rollout.seeds import seed_of
 
 Metrics = dict[str, float]
+Advantages = dict[str, dict[int, np.ndarray]]
+"""Per group id and block: float32 [G]."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,6 @@ def summarise(scores: Sequence[GroupScores], terms: Mapping[str, TermWeight]) ->
         if name in terms:
             metrics[f"group/{name}/zero_spread"] = float((spread == 0).mean()) if len(spread) else float("nan")
     for name in scores[0].metrics:
-        metrics[f"reward/{name}"] = float(np.nanmean(np.concatenate([g.metrics[name] for g in scores])))
+        metrics[f"metric/{name}"] = float(np.nanmean(np.concatenate([g.metrics[name] for g in scores])))
     metrics["masked/terms"] = float(sum(len(g.faults) for g in scores))
     return metrics

@@ -24,9 +24,9 @@ from rl.run_folder import write_atomically
 
 LABELS = {
     "track_error_px": ("Held-out track error", "px"),
-    "canary_error_px": ("Second tracker", "px"),
-    "quality": ("Quality", ""),
-    "sharpness": ("Sharpness", ""),
+    "canary/track_error_px": ("Canary: a second tracker", "px"),
+    "canary/quality/psnr_db": ("Canary: PSNR against the truth", "dB"),
+    "sharpness": ("Sharpness against the truth", ""),
 }
 PANELS = (  # title, the metrics (a regular expression whose group is the label), logarithmic
     ("Reward terms", r"reward/([^/]+)", False),
@@ -130,7 +130,7 @@ def write_report(folder: Path, summary: dict[str, Any], history: list[dict[str, 
     """Writes folder/report.html, complete in itself, and returns its path.
 
     summary: anything nested, shown as a table; two keys have a meaning: "title", and the headline figures
-    "heldout": {<metric>: {"base": {"mean": 1.8, "ci95": [1.7, 1.9]}, "tuned": {...}}}, the first metric above all.
+    "heldout", as `rl.run.summarise` makes it: of its {"base", "tuned", "ci95"} those that `LABELS` names stand on top.
     history: one dict per iteration with "step" and the metrics that `PANELS` names; None where a value is missing.
     strips: caption -> uint8 [h, w, 3], see `filmstrip`. videos: caption -> mp4 file, see `write_mp4`.
     Raises RunFolderError when the file cannot be written.
@@ -152,21 +152,24 @@ def write_report(folder: Path, summary: dict[str, Any], history: list[dict[str, 
     return path
 
 
-def _headline(heldout: dict[str, dict[str, Any]]) -> str:
-    cards = []
-    for metric, values in heldout.items():
-        label, unit = LABELS.get(metric, (metric.replace("_", " "), ""))
-        shown = [values[which] for which in ("base", "tuned") if which in values and _is_number(values[which]["mean"])]
-        ranges = [
-            "{:.3g} to {:.3g}".format(*value["ci95"]) for value in shown if _is_number(value.get("ci95", [None])[0])
-        ]
-        figure = " <i>&rarr;</i> ".join(f"{value['mean']:.3g}" for value in shown) or "not measured"
-        change = ""
-        if len(shown) == 2 and shown[0]["mean"]:
-            percent = 100 * (shown[1]["mean"] / shown[0]["mean"] - 1)
-            change = f"<span>{percent:+.0f} %</span>".replace("-", "&minus;")
-        note = "95 % CI " + " &rarr; ".join(ranges) if ranges else ""
-        cards.append(f"<div><h1>{escape(label)}</h1><b>{figure}<small>{unit}</small></b>{change}<p>{note}</p></div>")
+def figures(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The {"base", "tuned", "ci95"} of a nested summary, by their path."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and "base" in value:
+            yield prefix + key, value
+        elif isinstance(value, dict):
+            yield from figures(value, f"{prefix}{key}/")
+
+
+def _headline(heldout: dict[str, Any]) -> str:
+    found, cards = dict(figures(heldout)), []
+    for name, (label, unit) in LABELS.items():
+        if name in found:
+            base, tuned, (low, high) = (found[name][key] for key in ("base", "tuned", "ci95"))
+            change = f"{100 * (tuned / base - 1):+.0f} %".replace("-", "&minus;") if base else ""
+            note = f"change {low:+.3g} to {high:+.3g} (95 % CI)".replace("-", "&minus;")
+            cards.append(f"<div><h1>{escape(label)}</h1><b>{base:.3g} <i>&rarr;</i> {tuned:.3g}<small>{unit}</small></b>"
+                         f"<span>{change}</span><p>{note}</p></div>")  # fmt: skip
     return f'<div class="cards">{"".join(cards)}</div>'
 
 

@@ -55,6 +55,11 @@ class RunFolder:
                 part.mkdir(parents=True, exist_ok=True)
         return folder
 
+    @classmethod
+    def at(cls, run_dir: str | Path | None, job: str) -> RunFolder:
+        """The folder run_dir, or a new one under ./outputs where it is None; its path is absolute, for workers elsewhere."""
+        return cls.open(Path(run_dir).resolve()) if run_dir else cls.create(Path("outputs").resolve(), job)
+
     def write_config(self, text: str) -> None:
         write_atomically(self.config, text)
 

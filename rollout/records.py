@@ -64,3 +64,12 @@ class Replay:
     def signature(self) -> tuple:
         """Replays of one signature can be batched: same frames, same blocks, same exploration coordinates."""
         return (self.history.shape, tuple((a.block, a.coordinates.shape[1:]) for a in self.actions))
+
+
+@dataclass(frozen=True)
+class Films:
+    """Whole videos uint8 [P, T, H, W, 3] of P prompts, and the true ones where they are known (same shape, else None)."""
+
+    prompts: tuple[DragPrompt, ...]
+    videos: np.ndarray
+    truths: np.ndarray | None

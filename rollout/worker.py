@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from policy.policy import load_policy
 from rollout.group import GroupSampler, RolloutSettings
 from rollout.plan import NoisePlan, make_plan
-from rollout.prompts import DragPrompt, PromptSource
-from rollout.records import GroupRollout, Replay
-
-
-@dataclass(frozen=True)
-class Films:
-    """Whole videos uint8 [P, T, H, W, 3] of P prompts, and the true ones where they are known (same shape, else None)."""
-
-    prompts: tuple[DragPrompt, ...]
-    videos: np.ndarray
-    truths: np.ndarray | None
+from rollout.prompts import PromptSource
+from rollout.records import Films, GroupRollout, Replay
 
 
 class RolloutWorker:

@@ -1,4 +1,4 @@
-"""The rollout and reward workers as the fleets run them: the one takes weights, the other scores groups and measures films."""
+"""The reward worker: assembles clips from groups, scores them with every term, and measures held-out films."""
 
 from __future__ import annotations
 
@@ -11,20 +11,8 @@ import numpy as np
 from rewards.contract import RewardBatch
 from rewards.terms import Term, score
 from rl.evaluation import measure
-from rl.weights import Weights, install
 from rollout.prompts import DragPrompt
-from rollout.records import GroupRollout
-from rollout.worker import Films, RolloutWorker
-
-
-class SyncedRolloutWorker(RolloutWorker):
-    """A rollout worker that takes the learner's weights."""
-
-    def load_weights(self, weights: Weights) -> str:
-        """Returns the digest of what the policy holds afterwards."""
-        held = install(self.policy, weights)
-        self.version = weights.version
-        return held
+from rollout.records import Films, GroupRollout
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,140 @@
+"""From a checked configuration to the parts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from jobs.cli import ConfigError
+from jobs.config import RoleConfig, TrainConfig
+from jobs.plugins import make_source, make_terms
+from policy.policy import PolicySettings, read_settings
+from policy.transition import KERNELS, Kernel
+from rl.advantage import TermWeight
+from rl.fleet import Fleet, FleetSpec, fetch, make_fleet
+from rl.learner import Learner, LearnerSettings
+from rl.loop import LoopSettings
+from rl.ray_fleet import ray_session
+from rl.reward_worker import RewardWorker
+from rl.rollout_worker import SyncedRolloutWorker
+from rollout.group import EXPLORES, RolloutSettings
+from rollout.plan import SELECTS
+
+
+def validate(c: TrainConfig) -> PolicySettings:
+    """Checks what no single key can: raises ConfigError naming the keys, before anything is started."""
+    r, l = c.rollout, c.learner
+    settings = read_settings(c.policy.path)
+    blocks = len(settings.sizes) - 1
+    rules = [
+        (r.select in SELECTS, f"rollout.select={r.select} is none of {', '.join(SELECTS)}"),
+        (r.explore in EXPLORES, f"rollout.explore={r.explore} is none of {', '.join(EXPLORES)}"),
+        (r.kernel in KERNELS, f"rollout.kernel={r.kernel} is none of {', '.join(KERNELS)}"),
+        (r.group_size >= 2, f"rollout.group_size={r.group_size}: a group needs at least 2 members to compare"),
+        (0 < r.eta <= 1, f"rollout.eta={r.eta} must lie in (0, 1]: with 0 nothing is explored"),
+        (r.amplitude > 0, f"rollout.amplitude={r.amplitude} must be above 0"),
+        (not r.antithetic or r.group_size % 2 == 0, "rollout.antithetic needs an even rollout.group_size"),
+        (0 <= r.horizon < blocks, f"rollout.horizon={r.horizon} must lie in 0..{blocks - 1}"),
+        (r.prompts_per_iteration % r.prompts_per_task == 0, f"rollout.prompts_per_iteration={r.prompts_per_iteration} must be a "
+         f"multiple of rollout.prompts_per_task={r.prompts_per_task}"),
+        (r.prompts_per_iteration // r.prompts_per_task % l.ranks == 0, f"learner.ranks={l.ranks} must divide the number of rollout "
+         "tasks, rollout.prompts_per_iteration / rollout.prompts_per_task"),
+        (c.cluster.backend in ("inline", "ray"), f"cluster.backend={c.cluster.backend} must be inline or ray"),
+        (c.cluster.backend == "ray" or l.ranks == 1, f"learner.ranks={l.ranks} needs cluster=local or ray: ranks are processes"),
+        (l.zero_stage in (0, 1, 2, 3), f"learner.zero_stage={l.zero_stage} must be 0, 1, 2 or 3"),
+        (l.micro_batch >= 1 and l.updates_per_rollout >= 1, "learner.micro_batch and learner.updates_per_rollout must be at least 1"),
+        (0 <= l.ema < 1, f"learner.ema={l.ema} must lie in [0, 1)"),
+        (any(t.role == "train" for t in c.rewards.values()), "rewards: no term has role: train, nothing would be learnt"),
+        (c.prompts.kind in ("sprites", "folder"), f"prompts.kind={c.prompts.kind} must be sprites or folder"),
+        (c.prompts.kind != "folder" or c.prompts.path, "prompts.path is missing: the folder with prompts.jsonl"),
+        (c.train.iterations >= 1 and c.train.checkpoint_every >= 1, "train.iterations and train.checkpoint_every must be at least 1"),
+        (c.evaluate.prompts >= 1 and c.evaluate.batch >= 1, "evaluate.prompts and evaluate.batch must be at least 1"),
+    ]  # fmt: skip
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(message)
+    make_terms(c.rewards)
+    make_source(c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)
+    return settings
+
+
+def term_weights(c: TrainConfig) -> dict[str, TermWeight]:
+    return {name: TermWeight(t.weight, t.floor) for name, t in c.rewards.items() if t.role == "train"}
+
+
+def make_kernel(c: TrainConfig) -> Kernel:
+    return Kernel(c.rollout.kernel, c.rollout.eta, c.rollout.amplitude)
+
+
+def rollout_settings(c: TrainConfig) -> RolloutSettings:
+    r = c.rollout
+    return RolloutSettings(
+        r.select, r.group_size, r.explore, make_kernel(c), r.horizon, r.cell, r.radius, r.antithetic, r.renoise
+    )
+
+
+def loop_settings(c: TrainConfig) -> LoopSettings:
+    return LoopSettings(
+        seed=c.seed,
+        iterations=c.train.iterations,
+        prompts_per_iteration=c.rollout.prompts_per_iteration,
+        prompts_per_task=c.rollout.prompts_per_task,
+        reward_to_go=c.learner.reward_to_go,
+        advantage_clip=c.learner.advantage_clip,
+        permute=c.learner.permute_advantages,
+        fault_share=c.cluster.fault_share,
+        checkpoint_every=c.train.checkpoint_every,
+    )
+
+
+def learner_settings(c: TrainConfig) -> LearnerSettings:
+    l = c.learner
+    return LearnerSettings(l.lr, tuple(l.betas), l.weight_decay, l.grad_clip, l.beta, l.clip, l.ema, l.equalise_steps, l.micro_batch,
+                           l.updates_per_rollout, l.zero_stage, l.bf16, l.ratio_tolerance)  # fmt: skip
+
+
+@contextmanager
+def session(c: TrainConfig) -> Iterator[None]:
+    if c.cluster.backend == "inline":
+        yield
+    else:
+        with ray_session(c.cluster.address):
+            yield
+
+
+def make_rollout_fleet(c: TrainConfig, settings: PolicySettings) -> Fleet:
+    source = partial(make_source, c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)
+    args = (c.policy.path, c.policy.weights, rollout_settings(c), source, c.seed)
+    return make_fleet(c.cluster.backend, SyncedRolloutWorker, _spec("rollout", c.cluster.rollout), args)
+
+
+def make_reward_fleet(c: TrainConfig) -> Fleet:
+    return make_fleet(
+        c.cluster.backend, RewardWorker, _spec("reward", c.cluster.reward), (partial(make_terms, c.rewards), c.fps)
+    )
+
+
+def make_learner(c: TrainConfig) -> Fleet:
+    """The learner's ranks, joined."""
+    args = (c.policy.path, c.policy.weights, make_kernel(c), learner_settings(c), c.learner.ranks)
+    role = RoleConfig(
+        c.learner.ranks, c.cluster.learner.num_cpus, c.cluster.learner.num_gpus, c.cluster.learner.timeout_s, 0
+    )
+    fleet = make_fleet(c.cluster.backend, Learner, _spec("learner", role, replace=False), args)
+    address = fetch(fleet.broadcast("address")[0])
+    fleet.scatter("join", [(rank, address) for rank in range(c.learner.ranks)])
+    return fleet
+
+
+def _spec(name: str, role: RoleConfig, replace: bool = True) -> FleetSpec:
+    return FleetSpec(
+        name,
+        role.replicas,
+        role.num_cpus,
+        role.num_gpus,
+        role.timeout_s,
+        start_timeout_s=300,
+        retries=role.retries,
+        replace=replace,
+    )

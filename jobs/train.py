@@ -1,0 +1,78 @@
+"""Fine-tune a policy with group-relative reinforcement learning.
+
+python -m jobs.train train.iterations=60 seed=1
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from jobs.build import (
+    loop_settings,
+    make_learner,
+    make_reward_fleet,
+    make_rollout_fleet,
+    session,
+    term_weights,
+    validate,
+)
+from jobs.cli import ConfigError, job
+from jobs.config import TrainConfig
+from rl import checkpoint
+from rl.fleet import closing
+from rl.loop import Fleets
+from rl.run import HeldOut, run
+from rl.run_folder import RunFolder
+from rl.tracking import Tracking
+
+
+@job("train", TrainConfig)
+def main(config: TrainConfig) -> None:
+    settings = validate(config)
+    folder = (
+        RunFolder.open(Path(config.run_dir).resolve())
+        if config.run_dir
+        else RunFolder.create(Path("outputs").resolve(), "train")
+    )
+    resume, warnings = checkpoint.resolve(config.resume, folder.checkpoints)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    if resume is None and any(folder.checkpoints.iterdir()):
+        raise ConfigError(
+            f"run_dir={folder.path} holds checkpoints; resume=auto goes on from them, or choose another run_dir"
+        )
+    run_id = json.loads((resume / "manifest.json").read_text()).get("mlflow_run_id") if resume else None
+    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))
+    folder.write_config(OmegaConf.to_yaml(values))
+    e, t = config.evaluate, config.tracking
+    heldout = HeldOut(e.prompts, e.seed, e.batch, e.strips)
+    with Tracking.open(t.uri, t.experiment, run_id, params=values, tags={"job": "train"}, required=t.required,
+                       spool=folder.path / "tracking") as tracking:  # fmt: skip
+        with (
+            session(config),
+            closing(make_rollout_fleet(config, settings), make_reward_fleet(config), make_learner(config)) as parts,
+        ):
+            summary = run(Fleets(*parts), term_weights(config), loop_settings(config), heldout, folder, tracking, resume,
+                          config.train.keep_checkpoints, config.fps)  # fmt: skip
+    print_result(folder.path, summary)
+
+
+def print_result(path: Path, summary: dict[str, Any]) -> None:
+    held = summary["heldout"]
+    for label, row, unit in (
+        ("track error", held["track_error_px"], "px"),
+        ("canary track error", held["canary"]["track_error_px"], "px"),
+        *((f"canary {name}", row, "") for name, row in held["canary"]["quality"].items()),
+        ("sharpness", held["sharpness"], ""),
+    ):
+        change = 100 * (row["tuned"] / row["base"] - 1)
+        print(f"held-out {label:20s} {row['base']:7.3f} -> {row['tuned']:7.3f} {unit:2s} ({change:+.0f} %)")
+    print(f"report: {path / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

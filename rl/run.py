@@ -1,0 +1,133 @@
+"""One training run from its first measurement to its report: what surrounds the loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rl import checkpoint
+from rl.advantage import TermWeight
+from rl.evaluation import compare, stack
+from rl.fleet import Fleet, as_completed, fetch
+from rl.loop import Clock, Fleets, LoopSettings, synchronise, train
+from rl.progress import Progress
+from rl.report import figures, filmstrip, side_by_side, write_mp4, write_report
+from rl.run_folder import RunFolder
+from rl.tracking import Tracking
+from rollout.records import Films
+
+CANARY = "canary/"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """prompts: how many. seed: chooses them and their noise. batch: prompts generated together. strips: how many are shown."""
+
+    prompts: int
+    seed: int
+    batch: int
+    strips: int
+    split: str = "heldout"
+
+
+def measure(rollout: Fleet, reward: Fleet, heldout: HeldOut) -> tuple[dict[str, np.ndarray], Films]:
+    """The rollout workers' present policy on the held-out prompts: metrics [prompts], and the first batch's films."""
+    first = heldout.seed * 1_000_000
+    chunks = [
+        range(first + i, first + min(i + heldout.batch, heldout.prompts))
+        for i in range(0, heldout.prompts, heldout.batch)
+    ]
+    generating = {rollout.submit("generate", heldout.split, list(c), heldout.seed): i for i, c in enumerate(chunks)}
+    measuring, shown = {}, None
+    for task in as_completed(generating):
+        films = task.result()[0]
+        measuring[reward.submit("measure", films, heldout.split)] = generating[task]
+        if generating[task] == 0:
+            shown = fetch(films)
+    found = {measuring[task]: fetch(task.result()[0]) for task in as_completed(measuring)}
+    return stack([found[i] for i in sorted(found)]), shown
+
+
+def run(fleets: Fleets, terms: dict[str, TermWeight], settings: LoopSettings, heldout: HeldOut, folder: RunFolder,
+        tracking: Tracking, resume: Path | None, keep: int, fps: float) -> dict[str, Any]:  # fmt: skip
+    """Measures the base, trains, measures the tuned policy, writes report.html and summary.json; returns the summary."""
+    started, clock = time.perf_counter(), Clock()
+    with clock("evaluate"):
+        base, base_films = measure(fleets.rollout, fleets.reward, heldout)
+    start = 0
+    if resume is not None:
+        start = fetch(fleets.learner.broadcast("load", str(resume)))[0]
+        folder.truncate_after(start)
+    synchronise(fleets)
+
+    with Progress(settings.iterations, start) as progress:
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            folder.append(step, metrics)
+            tracking.log(metrics, step)
+            progress.update(metrics)
+
+        def save(step: int) -> None:
+            folder.sync()
+            manifest = {"mlflow_run_id": tracking.run_id, "seed": settings.seed}
+            write: Callable[[Path], Any] = lambda path: fleets.learner.broadcast("save", str(path))  # noqa: E731
+            checkpoint.save(folder.checkpoints, step, write, manifest)
+            checkpoint.prune(folder.checkpoints, keep)
+
+        seconds = train(fleets, terms, settings, start, log, save).seconds
+
+    synchronise(fleets, averaged=True)
+    with clock("evaluate"):
+        tuned, tuned_films = measure(fleets.rollout, fleets.reward, heldout)
+    seconds |= clock.seconds | {"total": time.perf_counter() - started}
+    summary = summarise(compare(base, tuned), heldout.prompts, settings.iterations, seconds, tracking.run_id)
+    tracking.log({f"eval/{name}/{which}": value for name, row in figures(summary["heldout"])
+                  for which, value in row.items() if which != "ci95"}, settings.iterations)  # fmt: skip
+    show(folder, tracking, summary, base_films, tuned_films, heldout.strips, fps, settings.iterations)
+    folder.write_summary(summary)
+    tracking.artifact(folder.summary)
+    return summary
+
+
+def summarise(
+    table: dict[str, dict], prompts: int, iterations: int, seconds: dict[str, float], run_id: str | None
+) -> dict[str, Any]:
+    """The contract of summary.json. Each figure is {"base", "tuned", "ci95" of tuned - base, paired over the prompts}."""
+    return {
+        "heldout": {
+            "prompts": prompts,
+            "track_error_px": table["track_error_px"],
+            "quality": {name.removeprefix("reward/"): row for name, row in table.items() if name.startswith("reward/")},
+            "sharpness": table["sharpness"],
+            "canary": {
+                "track_error_px": table["canary/track_error_px"],
+                "quality": {"psnr_db": table["canary/psnr_db"]} if "canary/psnr_db" in table else {},
+            },
+        },
+        "iterations": iterations,
+        "seconds": {name: round(s, 1) for name, s in seconds.items()},
+        "mlflow_run_id": run_id,
+    }
+
+
+def show(
+    folder: RunFolder, tracking: Tracking, summary: dict, base: Films, tuned: Films, strips: int, fps: float, step: int
+) -> None:
+    """Strips and videos of truth, base and tuned, into the folder, the report and MLflow."""
+    pictures, videos = {}, {}
+    for i, prompt in enumerate(base.prompts[:strips]):
+        rows = [("base", base.videos[i]), ("tuned", tuned.videos[i])]
+        if base.truths is not None:
+            rows.insert(0, ("truth", base.truths[i]))
+        name = prompt.id.replace("/", "_")
+        pictures[prompt.id] = filmstrip(rows, prompt.tracks)
+        videos[prompt.id] = write_mp4(folder.videos / f"{name}.mp4", side_by_side([v for _, v in rows]), fps)
+        tracking.log_strip(f"eval/{name}", pictures[prompt.id], step)
+        tracking.log_video(f"eval/{name}", videos[prompt.id], step)
+    write_report(folder.path, summary, folder.history(), pictures, videos)
+    tracking.artifact(folder.report)
