@@ -90,7 +90,7 @@ def loop_settings(c: TrainConfig) -> LoopSettings:
 
 def learner_settings(c: TrainConfig) -> LearnerSettings:
     l = c.learner
-    return LearnerSettings(l.lr, tuple(l.betas), l.weight_decay, l.grad_clip, l.beta, l.clip, l.ema, l.equalise_steps, l.micro_batch,
+    return LearnerSettings(l.lr, tuple(l.betas), l.eps, l.weight_decay, l.grad_clip, l.beta, l.clip, l.ema, l.equalise_steps, l.micro_batch,
                            l.updates_per_rollout, l.zero_stage, l.bf16, l.ratio_tolerance)  # fmt: skip
 
 

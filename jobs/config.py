@@ -50,6 +50,7 @@ class TermConfig:
 class LearnerConfig:
     lr: float
     betas: list[float]
+    eps: float
     weight_decay: float
     grad_clip: float
     beta: float

@@ -32,12 +32,13 @@ Advantages = Mapping[str, Mapping[int, np.ndarray]]
 class LearnerSettings:
     """beta: weight of the divergence from the reference. clip: of the ratio. ema: decay of the averaged weights (0: none).
 
-    equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass. updates_per_rollout: optimizer
+    eps: of Adam; weights whose gradient is rounding alone (key biases) must not move by the learning rate. equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass. updates_per_rollout: optimizer
     steps on one batch. ratio_tolerance: largest |ratio - 1| that is allowed before the first update.
     """
 
     lr: float
     betas: tuple[float, float]
+    eps: float
     weight_decay: float
     grad_clip: float
     beta: float
@@ -102,7 +103,7 @@ class Learner:
                                        timeout=timedelta(minutes=5))  # fmt: skip
         net, s = self.policy.net, self.settings
         self.reference = CausalWan(copy.deepcopy(net.model), net.window, net.sink).requires_grad_(False)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
         self.engine = deepspeed.initialize(model=net, optimizer=optimizer, config=deepspeed_config(s, self.ranks))[0]
         self.averaged = {name: p.detach().clone() for name, p in self.policy.state_dict().items()}
 
@@ -133,14 +134,15 @@ class Learner:
                 sums += parts
                 self.engine.set_gradient_accumulation_boundary(i == len(work) - 1)
                 self.engine.backward(loss / total)
-                if epoch == 0 and i == len(work) - 1:
-                    self._check(deviation)
+                if i == len(work) - 1:
+                    if epoch == 0:
+                        self._check(deviation)
+                    stats["grad_norm"] = self._grad_norm()
                 self.engine.step()
             self._average()
             if epoch == 0:
-                stats = {"ratio_deviation": deviation}
+                stats["ratio_deviation"] = deviation
             stats |= dict(zip(("policy_loss", "kl", "clip_fraction", "ratio"), (sums / total).tolist()))
-            stats["grad_norm"] = float(self.engine.get_global_grad_norm() or 0.0)
         self.version += 1
         return stats
 
@@ -166,6 +168,14 @@ class Learner:
         if not deviation <= self.settings.ratio_tolerance:
             raise ValueError(f"replay and rollout disagree: |ratio - 1| = {deviation:.2e} before the first update, above "
                              f"learner.ratio_tolerance={self.settings.ratio_tolerance:.0e}")  # fmt: skip
+
+    def _grad_norm(self) -> float:
+        """Before clipping, over all ranks. ZeRO shards gradients and knows their norm only after its step: its last one."""
+        if self.settings.zero_stage:
+            return float(self.engine.get_global_grad_norm() or 0.0)
+        return torch.nn.utils.get_total_norm(
+            [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        ).item()
 
     def _average(self) -> None:
         for name, p in self.policy.state_dict().items():

@@ -1,0 +1,152 @@
+"""The DeepSpeed learner: what it learns from, and that ranks, micro-batches and a resume do not change it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import plans, prompts, tiny_policy
+
+from policy.policy import load_policy
+from policy.transition import Kernel
+from rl.fleet import FleetSpec, closing, fetch, make_fleet
+from rl.learner import Learner, LearnerSettings
+from rl.weights import install
+from rollout.group import GroupSampler, RolloutSettings
+
+KERNEL = Kernel("cps", 0.5, 4.0)
+DEFAULTS = dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0, grad_clip=1.0, beta=3.0, clip=0.2, ema=0.5, equalise_steps=True,
+                micro_batch=4, updates_per_rollout=1, zero_stage=0, bf16=False, ratio_tolerance=1e-5)  # fmt: skip
+
+
+def settings(**changed) -> LearnerSettings:
+    return LearnerSettings(**{**DEFAULTS, **changed})
+
+
+@pytest.fixture(scope="module")
+def policy_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("policy")
+    tiny_policy().save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def experience(policy_path):
+    """Replays of four prompts in two chunks, and advantages that are known."""
+    sampler = GroupSampler(load_policy(policy_path), RolloutSettings("trunk", 4, "tangent", KERNEL))
+    chunks, advantages, rng = [], {}, np.random.default_rng(0)
+    for first in (0, 2):
+        asked = prompts(2, first)
+        groups, replays = sampler.rollout(asked, plans(asked, "trunk"), 0)
+        chunks.append(replays)
+        for group in groups:
+            advantages[group.group_id] = {b: rng.normal(size=4).astype(np.float32) for b in group.starts}
+    return chunks, advantages
+
+
+def alone(policy_path: str, **changed) -> Learner:
+    learner = Learner(policy_path, None, KERNEL, settings(**changed), 1)
+    learner.join(0, learner.address())
+    return learner
+
+
+def state(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.policy.state_dict().items()}
+
+
+def distance(a: dict, b: dict) -> float:
+    return max((torch.as_tensor(a[k]) - torch.as_tensor(b[k])).abs().max().item() for k in a)
+
+
+def test_an_update_changes_the_weights_and_reports_a_ratio_of_one(policy_path, experience):
+    learner = alone(policy_path)
+    before = state(learner)
+    stats = learner.update(*experience)
+    assert stats["ratio_deviation"] <= 1e-5
+    assert stats["ratio"] == pytest.approx(1, abs=1e-5)
+    assert stats["kl"] == 0 and stats["grad_norm"] > 0
+    assert distance(before, state(learner)) > 1e-5
+    assert learner.version == 1
+
+
+def test_groups_that_were_not_scored_teach_nothing(policy_path, experience):
+    learner = alone(policy_path)
+    before = state(learner)
+    learner.update(experience[0], {})
+    assert distance(before, state(learner)) == 0
+
+
+def test_micro_batches_leave_the_update_unchanged(policy_path, experience):
+    one, four = alone(policy_path, micro_batch=1), alone(policy_path, micro_batch=4)
+    one.update(*experience)
+    four.update(*experience)
+    assert disagreement(policy_path, state(one), state(four)) < 1e-3
+    different = alone(policy_path, micro_batch=4)
+    different.update(experience[0][:1], experience[1])
+    assert disagreement(policy_path, state(different), state(four)) > 0.1
+
+
+def test_a_rollout_of_another_policy_is_refused(policy_path, experience):
+    learner = alone(policy_path)
+    with torch.no_grad():
+        learner.policy.net.model.proj_out.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="replay and rollout disagree"):
+        learner.update(*experience)
+
+
+def test_several_updates_on_one_rollout_move_the_ratio(policy_path, experience):
+    learner = alone(policy_path, updates_per_rollout=3, clip=1e-4)
+    stats = learner.update(*experience)
+    assert stats["ratio_deviation"] <= 1e-5
+    assert stats["clip_fraction"] > 0 and abs(stats["ratio"] - 1) > 1e-6
+    assert stats["kl"] > 0
+
+
+def test_a_resumed_learner_goes_on_bit_for_bit(policy_path, experience, tmp_path):
+    straight = alone(policy_path)
+    straight.update(*experience)
+    straight.save(str(tmp_path))
+    straight.settings = settings(ratio_tolerance=10.0)
+    resumed = alone(policy_path, ratio_tolerance=10.0)
+    assert resumed.load(str(tmp_path)) == 1
+    straight.update(*experience)
+    resumed.update(*experience)
+    assert distance(state(straight), state(resumed)) == 0
+    assert distance(straight.averaged, resumed.averaged) == 0
+    fresh = alone(policy_path, ratio_tolerance=10.0)
+    fresh.update(*experience)
+    assert distance(state(straight), state(fresh)) > 1e-5
+
+
+def test_the_weights_that_leave_the_learner_arrive_with_the_same_digest(policy_path, experience):
+    learner = alone(policy_path)
+    first = learner.weights()
+    learner.update(*experience)
+    second = learner.weights()
+    assert first.digest != second.digest
+    policy = load_policy(policy_path)
+    assert install(policy, second) == second.digest
+
+
+def disagreement(policy_path: str, a: dict, b: dict) -> float:
+    """Length of the difference of two updates relative to the update."""
+    start = load_policy(policy_path).state_dict()
+    flat = [torch.cat([(torch.as_tensor(w[k]) - start[k]).flatten() for k in start]) for w in (a, b)]
+    return ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_two_ranks_learn_what_one_learns(policy_path, experience, ray_local, stage):
+    expected = alone(policy_path)
+    expected.update(*experience)
+    chunks, advantages = experience
+    spec = FleetSpec("learner", replicas=2, timeout_s=120, start_timeout_s=240, replace=False)
+    with closing(make_fleet("ray", Learner, spec, (policy_path, None, KERNEL, settings(zero_stage=stage), 2))) as (
+        ranks,
+    ):
+        address = fetch(ranks.broadcast("address")[0])
+        ranks.scatter("join", [(rank, address) for rank in range(2)])
+        ranks.scatter("update", [([chunks[rank]], advantages) for rank in range(2)])
+        weights = fetch(ranks.broadcast("weights", False)[0])
+    assert disagreement(policy_path, state(expected), dict(weights.arrays)) < 1e-3
