@@ -128,8 +128,7 @@ def as_output(value: Any, batch: RewardBatch, name: str, bounds: tuple[float, fl
     size, frames = batch.scored.shape
     score = _floats(score, name, "score")
     if frame_score is None and score.shape == (size, frames):
-        frame_score = np.where(batch.scored, score, np.nan).astype(np.float32)
-        score = over_scored(frame_score, batch.scored)
+        frame_score, score = score, over_scored(score, batch.scored)
     if score.shape != (size,):
         raise RewardError(
             f"reward {name!r} must return one score per clip, [{size}], or per frame, [{size}, {frames}], "
@@ -139,7 +138,7 @@ def as_output(value: Any, batch: RewardBatch, name: str, bounds: tuple[float, fl
         frame_score = _floats(frame_score, name, "frame_score")
         if frame_score.shape != (size, frames):
             raise RewardError(f"reward {name!r}: frame_score must be [{size}, {frames}], not {list(frame_score.shape)}")
-        frame_score = _within(frame_score, bounds, name)
+        frame_score = _within(np.where(batch.scored, frame_score, np.float32(np.nan)), bounds, name)
     metrics = {key: _floats(metric, name, f"metric {key!r}") for key, metric in metrics.items()}
     for key, metric in metrics.items():
         if metric.shape != (size,):

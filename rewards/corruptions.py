@@ -15,10 +15,11 @@ REACH = 0.2
 
 
 class Scene(NamedTuple):
-    """Where the dragged objects of a frame are and where they started, both float32 [N, 2], (x, y) px."""
+    """points, starts: float32 [N, 2], (x, y) px, where the dragged objects are and where they started. first: frame 0."""
 
     points: np.ndarray
     starts: np.ndarray
+    first: np.ndarray
 
 
 def discs(shape: tuple[int, ...], points: np.ndarray, radius: float) -> np.ndarray:
@@ -43,24 +44,29 @@ def _inside(frame: np.ndarray, changed: np.ndarray, mask: np.ndarray) -> np.ndar
     return frame + mask[..., None] * (changed - frame)
 
 
+def _vacated(frame: np.ndarray, scene: Scene) -> np.ndarray:
+    started = discs(frame.shape, scene.starts, 0.75 * REACH * min(frame.shape[:2]))
+    return started * (1 - _objects(frame, scene, 0.75))
+
+
 def _objects(frame: np.ndarray, scene: Scene, share: float = 1.0) -> np.ndarray:
     return discs(frame.shape, scene.points, share * REACH * min(frame.shape[:2]))
 
 
 def blur(frame, level, rng, scene):
-    return cv2.GaussianBlur(frame, (0, 0), 2.4 * level) if level > 0.01 else frame
+    return cv2.GaussianBlur(frame, (0, 0), 4 * level**1.3) if level > 0.01 else frame
 
 
 def lowres(frame, level, rng, scene):
     height, width = frame.shape[:2]
-    small = (max(2, round(width / (1 + 5 * level))), max(2, round(height / (1 + 5 * level))))
+    small = (max(2, round(width / (1 + 7 * level))), max(2, round(height / (1 + 7 * level))))
     return cv2.resize(
         cv2.resize(frame, small, interpolation=cv2.INTER_AREA), (width, height), interpolation=cv2.INTER_CUBIC
     )
 
 
 def streak(frame, level, rng, scene):
-    return _motion_blur(frame, 9 * level, rng)
+    return _motion_blur(frame, 14 * level, rng)
 
 
 def noise(frame, level, rng, scene):
@@ -128,9 +134,13 @@ def fade(frame, level, rng, scene):
 
 def hole(frame, level, rng, scene):
     """A flat patch where an object started and no longer is."""
-    started = discs(frame.shape, scene.starts, 0.75 * REACH * min(frame.shape[:2]))
     colour = frame.mean((0, 1)) + rng.uniform(-0.15, 0.15, 3).astype(np.float32)
-    return _inside(frame, frame + level * (colour - frame), started * (1 - _objects(frame, scene, 0.75)))
+    return frame + level * (_inside(frame, colour, _vacated(frame, scene)) - frame)
+
+
+def residue(frame, level, rng, scene):
+    """The object has moved on and is still, more or less, where it started."""
+    return frame + level * (_inside(frame, scene.first, _vacated(frame, scene)) - frame)
 
 
 def jpeg(frame, level, rng, scene):
@@ -183,26 +193,8 @@ def _motion_blur(frame, length, rng):
     return cv2.filter2D(frame, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REPLICATE)
 
 
-TRAINED = {
-    f.__name__: f
-    for f in (
-        blur,
-        lowres,
-        streak,
-        noise,
-        block,
-        ghost,
-        tint,
-        saturation,
-        contrast,
-        checker,
-        smear,
-        bloat,
-        fade,
-        hole,
-        warp,
-    )
-}
+TRAINED = {f.__name__: f for f in (blur, lowres, streak, noise, block, ghost, tint, saturation, contrast, checker,
+                                   smear, bloat, fade, hole, residue, warp)}  # fmt: skip
 HELD_OUT = {f.__name__: f for f in (jpeg, posterise, pixelate)}
-NEED_DEPARTURE = frozenset({"hole"})
+NEED_DEPARTURE = frozenset({"hole", "residue"})
 """Kinds that show only once an object has left the place where it started."""

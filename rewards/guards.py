@@ -16,13 +16,17 @@ class Background:
 
     The plate is the first frame with the discs where the objects started filled in from around them. One number thus
     falls when the whole picture pans, when the background drifts, when an object leaves a hole, and when it is copied
-    instead of moved. rmse in 0..1 of full scale; `reach`: radius of a disc as a share of min(H, W).
+    instead of moved.
+
+    scale: rmse, in 0..1 of full scale, that costs everything. reach: radius of a disc as a share of min(H, W).
+    uncovered: how many times a pixel of a start disc counts. These are few, and the only ones that tell a moved object
+    from a copied one; but the plate is smooth there, and with much more weight blurred videos would gain.
 
     Metrics: background_rmse, and vacated_rmse, the same inside the start discs alone (NaN until an object has left).
     """
 
-    def __init__(self, scale: float = 0.15, reach: float = 1.1 * REACH) -> None:
-        self.scale, self.reach = scale, reach
+    def __init__(self, scale: float = 0.15, reach: float = 1.1 * REACH, uncovered: float = 2.0) -> None:
+        self.scale, self.reach, self.uncovered = scale, reach, uncovered
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
         rmse = np.full(batch.scored.shape, np.nan, np.float32)
@@ -39,7 +43,7 @@ class Background:
             for t in np.flatnonzero(batch.scored[b]):
                 away = 1 - discs(plate.shape, tracks[t], radius)
                 square = np.square(batch.video[b, t] / np.float32(255) - plate).mean(-1)
-                rmse[b, t] = _weighted_root(square, away)
+                rmse[b, t] = _weighted_root(square, away * (1 + (self.uncovered - 1) * started))
                 vacated[b, t] = _weighted_root(square, away * started)
         score = 1 - np.minimum(rmse / self.scale, 1)
         metrics = {

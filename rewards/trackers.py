@@ -27,7 +27,8 @@ class LucasKanade:
 
     chained=False, for rewards: what surrounds the point in frame 0 is searched in frame t, starting at the guess. It
         does not drift and costs only the frames asked for; more than about 10 px from the guess it finds by chance.
-    chained=True, for evaluation: from each frame to the next, without the guess; a point once lost stays lost.
+    chained=True, for evaluation: it starts where the step from the frame before leads, and ignores the guess. A point
+        counts as found where frame 0 is recognised, so the chain does not drift; in between it is followed blindly.
     window: px, odd; spacing: px between the points of the grid; levels: pyramid levels above the first (more reach, but
     windows that see past the object); round_trip: largest forward-backward error, px.
     Colour is what keeps it precise on soft pictures: on videos decoded from a codec of 27 dB the mean error is 0.3
@@ -54,10 +55,12 @@ class LucasKanade:
         positions = np.full((len(video), *points.shape), np.nan, np.float32)
         positions[0] = points
         if self.chained:
+            here = points
             for t in range(1, max(frames, default=0) + 1):
-                alive = np.isfinite(positions[t - 1]).all(-1)
-                here = positions[t - 1, alive]
-                positions[t, alive] = self._search(video[t - 1], video[t], here, here)
+                step = self._search(video[t - 1], video[t], here, here)
+                here = np.where(np.isfinite(step), step, here)
+                positions[t] = self._search(video[0], video[t], points, here)
+                here = np.where(np.isfinite(positions[t]), positions[t], here)
         else:
             for t in frames:
                 if t > 0:
