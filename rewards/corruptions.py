@@ -15,7 +15,7 @@ REACH = 0.2
 
 
 class Scene(NamedTuple):
-    """points, starts: float32 [N, 2], (x, y) px, where the dragged objects are and where they started. first: frame 0."""
+    """points, starts: float32 [N, 2], (x, y) px: where the dragged objects are, where they started. first: frame 0."""
 
     points: np.ndarray
     starts: np.ndarray
