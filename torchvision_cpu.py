@@ -1,9 +1,10 @@
 """Let torchvision import beside a CPU-only torch.
 
 PyPI's Linux wheel of torchvision links libtorch_cuda.so. Beside a CPU build of torch its operators cannot load and
-`import torchvision` dies with "operator torchvision::nms does not exist", which also breaks open_clip, transformers and
-diffusers. Declaring the two schemas that torchvision registers fake kernels for makes its pure-Python parts (transforms,
-models) usable; no operator is implemented, `torchvision.ops.nms` still raises. With a matching torch this does nothing.
+`import torchvision` dies with "operator torchvision::nms does not exist", which also breaks open_clip, transformers
+and diffusers. Declaring the two schemas that torchvision registers fake kernels for makes its pure-Python parts
+(transforms, models) usable; no operator is implemented, `torchvision.ops.nms` still raises. With a matching torch
+this does nothing.
 """
 
 from __future__ import annotations

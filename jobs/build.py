@@ -36,21 +36,39 @@ def validate(c: TrainConfig) -> PolicySettings:
         (r.amplitude > 0, f"rollout.amplitude={r.amplitude} must be above 0"),
         (not r.antithetic or r.group_size % 2 == 0, "rollout.antithetic needs an even rollout.group_size"),
         (0 <= r.horizon < blocks, f"rollout.horizon={r.horizon} must lie in 0..{blocks - 1}"),
-        (r.prompts_per_iteration % r.prompts_per_task == 0, f"rollout.prompts_per_iteration={r.prompts_per_iteration} must be a "
-         f"multiple of rollout.prompts_per_task={r.prompts_per_task}"),
-        (r.prompts_per_iteration // r.prompts_per_task % l.ranks == 0, f"learner.ranks={l.ranks} must divide the number of rollout "
-         "tasks, rollout.prompts_per_iteration / rollout.prompts_per_task"),
+        (
+            r.prompts_per_iteration % r.prompts_per_task == 0,
+            f"rollout.prompts_per_iteration={r.prompts_per_iteration} must be a "
+            f"multiple of rollout.prompts_per_task={r.prompts_per_task}",
+        ),
+        (
+            r.prompts_per_iteration // r.prompts_per_task % l.ranks == 0,
+            f"learner.ranks={l.ranks} must divide the number of rollout "
+            "tasks, rollout.prompts_per_iteration / rollout.prompts_per_task",
+        ),
         (c.cluster.backend in ("inline", "ray"), f"cluster.backend={c.cluster.backend} must be inline or ray"),
-        (c.cluster.backend == "ray" or l.ranks == 1, f"learner.ranks={l.ranks} needs cluster=local or ray: ranks are processes"),
+        (
+            c.cluster.backend == "ray" or l.ranks == 1,
+            f"learner.ranks={l.ranks} needs cluster=local or ray: ranks are processes",
+        ),
         (l.zero_stage in (0, 1, 2, 3), f"learner.zero_stage={l.zero_stage} must be 0, 1, 2 or 3"),
-        (l.micro_batch >= 1 and l.updates_per_rollout >= 1, "learner.micro_batch and learner.updates_per_rollout must be at least 1"),
+        (
+            l.micro_batch >= 1 and l.updates_per_rollout >= 1,
+            "learner.micro_batch and learner.updates_per_rollout must be at least 1",
+        ),
         (0 <= l.ema < 1, f"learner.ema={l.ema} must lie in [0, 1)"),
-        (any(t.role == "train" for t in c.rewards.values()), "rewards: no term has role: train, nothing would be learnt"),
+        (
+            any(t.role == "train" for t in c.rewards.values()),
+            "rewards: no term has role: train, nothing would be learnt",
+        ),
         (c.prompts.kind in ("sprites", "folder"), f"prompts.kind={c.prompts.kind} must be sprites or folder"),
         (c.prompts.kind != "folder" or c.prompts.path, "prompts.path is missing: the folder with prompts.jsonl"),
-        (c.train.iterations >= 1 and c.train.checkpoint_every >= 1, "train.iterations and train.checkpoint_every must be at least 1"),
+        (
+            c.train.iterations >= 1 and c.train.checkpoint_every >= 1,
+            "train.iterations and train.checkpoint_every must be at least 1",
+        ),
         (c.evaluate.prompts >= 1 and c.evaluate.batch >= 1, "evaluate.prompts and evaluate.batch must be at least 1"),
-    ]  # fmt: skip
+    ]
     for holds, message in rules:
         if not holds:
             raise ConfigError(message)
@@ -90,8 +108,22 @@ def loop_settings(c: TrainConfig) -> LoopSettings:
 
 def learner_settings(c: TrainConfig) -> LearnerSettings:
     l = c.learner
-    return LearnerSettings(l.lr, tuple(l.betas), l.eps, l.weight_decay, l.grad_clip, l.beta, l.clip, l.ema, l.equalise_steps, l.micro_batch,
-                           l.updates_per_rollout, l.zero_stage, l.bf16, l.ratio_tolerance)  # fmt: skip
+    return LearnerSettings(
+        l.lr,
+        tuple(l.betas),
+        l.eps,
+        l.weight_decay,
+        l.grad_clip,
+        l.beta,
+        l.clip,
+        l.ema,
+        l.equalise_steps,
+        l.micro_batch,
+        l.updates_per_rollout,
+        l.zero_stage,
+        l.bf16,
+        l.ratio_tolerance,
+    )
 
 
 @contextmanager

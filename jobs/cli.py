@@ -1,4 +1,6 @@
-"""What every command has in common: Hydra composes a checked configuration; a user's mistake ends in one line, not in a stack."""
+"""What every command has in common: Hydra composes a checked configuration; a user's mistake ends in one line, not in
+a stack.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ class ConfigError(ValueError):
 
 
 def job(name: str, schema: type) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
-    """Decorates `main(config: schema)` into a command that reads conf/<name>.yaml; unknown keys and wrong types are errors.
+    """Decorates `main(config: schema)` into a command that reads conf/<name>.yaml; unknown keys and wrong types are
+    errors.
 
     ValueError (the base of all errors that a user can mend) and OSError become one line and exit status 1.
     """

@@ -38,7 +38,9 @@ class RolloutConfig:
 
 @dataclass
 class TermConfig:
-    """fn: {_target_: ...} of a class or factory, or a string naming a function ("module:function", "file.py:function")."""
+    """fn: {_target_: ...} of a class or factory, or a string naming a function ("module:function",
+    "file.py:function").
+    """
 
     fn: Any
     weight: float = 1.0

@@ -27,7 +27,7 @@ def main(config: TrainConfig) -> None:
         name: {"mean": float(np.nanmean(v)), "se": float(np.nanstd(v) / np.sqrt(np.isfinite(v).sum()))}
         for name, v in metrics.items()
     }
-    for i, prompt in enumerate(films.prompts[: e.strips]):
+    for i in range(min(e.strips, len(films.prompts))):
         rows = (
             [("policy", films.videos[i])]
             if films.truths is None

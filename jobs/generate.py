@@ -17,7 +17,9 @@ from rl.run_folder import RunFolder
 
 @job("generate", TrainConfig)
 def main(config: TrainConfig) -> None:
-    """Writes videos/<n>.mp4 and <n>.png of the first `evaluate.prompts` held-out prompts that `evaluate.seed` chooses."""
+    """Writes videos/<n>.mp4 and <n>.png of the first `evaluate.prompts` held-out prompts that `evaluate.seed`
+    chooses.
+    """
     settings, e = validate(config), config.evaluate
     folder = RunFolder.at(config.run_dir, "generate")
     indices = [e.seed * 1_000_000 + i for i in range(e.prompts)]

@@ -22,5 +22,7 @@ def make_source(kind: str, path: str | None, world_seed: int, size: int, frames:
 
 def make_terms(specs: dict[str, Any]) -> list[Term]:
     """fn is {_target_: class, ...} or the name of a function, "module:function" or "file.py:function"."""
-    return [Term(name, resolve(t.fn) if isinstance(t.fn, str) else instantiate(t.fn), t.weight, t.role, t.floor)
-            for name, t in specs.items()]  # fmt: skip
+    return [
+        Term(name, resolve(t.fn) if isinstance(t.fn, str) else instantiate(t.fn), t.weight, t.role, t.floor)
+        for name, t in specs.items()
+    ]

@@ -84,18 +84,39 @@ def main(config: PretrainConfig) -> None:
     record = (out / "pretrain.jsonl").open("w")
     world = SpriteWorld(config.size, config.frames)
     codec = make_codec(config, world, record)
-    settings = PolicySettings(config.size, config.frames, config.block, shifted_schedule(config.denoising_steps, config.shift),
-                              None, 0, config.drag_window, config.drag_sigma, config.codec.channels, config.codec.width)  # fmt: skip
+    settings = PolicySettings(
+        config.size,
+        config.frames,
+        config.block,
+        shifted_schedule(config.denoising_steps, config.shift),
+        None,
+        0,
+        config.drag_window,
+        config.drag_sigma,
+        config.codec.channels,
+        config.codec.width,
+    )
     torch.manual_seed(seed_of(config.seed, "policy"))
     t, control_channels = config.transformer, config.codec.channels + 2
     transformer = build_transformer(config.codec.channels, control_channels, t.heads, t.head_dim, t.layers, t.ffn)
     policy = DragPolicy(settings, transformer, codec)
     taught = config.teaching
     for name, stage in config.stages.items():
-        batches = example_batches(policy, world, taught.batch, taught.pool, taught.fresh, tuple(stage.lag),
-                                  seed_of(config.seed, name))  # fmt: skip
-        fit_policy(policy, batches, stage.steps, stage.lr, stage.muon_lr, taught.ema, taught.context_noise, taught.on_schedule,
-                   reporter(record, name), seed_of(config.seed, name, "noise"))  # fmt: skip
+        batches = example_batches(
+            policy, world, taught.batch, taught.pool, taught.fresh, tuple(stage.lag), seed_of(config.seed, name)
+        )
+        fit_policy(
+            policy,
+            batches,
+            stage.steps,
+            stage.lr,
+            stage.muon_lr,
+            taught.ema,
+            taught.context_noise,
+            taught.on_schedule,
+            reporter(record, name),
+            seed_of(config.seed, name, "noise"),
+        )
         policy.save(out / name)
     policy.save(out)
     print(f"wrote {out}; measure it with: python -m jobs.evaluate policy.path={out}")
@@ -108,8 +129,15 @@ def make_codec(config: PretrainConfig, world: SpriteWorld, record) -> ConvCodec:
     if c.path is not None:
         codec.load_state_dict(read_weights(c.path))
         return codec.eval()
-    fit_codec(codec, frame_batches(world, c.batch, c.per_video, config.seed), c.steps, c.lr, c.jitter, reporter(record, "codec"),
-              seed_of(config.seed, "jitter"))  # fmt: skip
+    fit_codec(
+        codec,
+        frame_batches(world, c.batch, c.per_video, config.seed),
+        c.steps,
+        c.lr,
+        c.jitter,
+        reporter(record, "codec"),
+        seed_of(config.seed, "jitter"),
+    )
     with torch.no_grad():
         video = torch.stack([from_pixels(torch.from_numpy(world.truth(world.prompt("heldout", i)))) for i in range(64)])
         decoded, _ = codec.decode(codec.encode(video))

@@ -50,14 +50,30 @@ def main(config: TrainConfig) -> None:
     folder.write_config(OmegaConf.to_yaml(values))
     e, t = config.evaluate, config.tracking
     heldout = HeldOut(e.prompts, e.seed, e.batch, e.strips)
-    with Tracking.open(t.uri, t.experiment, run_id, params=values, tags={"job": "train"}, required=t.required,
-                       spool=folder.path / "tracking") as tracking:  # fmt: skip
+    with Tracking.open(
+        t.uri,
+        t.experiment,
+        run_id,
+        params=values,
+        tags={"job": "train"},
+        required=t.required,
+        spool=folder.path / "tracking",
+    ) as tracking:
         with (
             session(config),
             closing(make_rollout_fleet(config, settings), make_reward_fleet(config), make_learner(config)) as parts,
         ):
-            summary = run(Fleets(*parts), term_weights(config), loop_settings(config), heldout, folder, tracking, resume,
-                          config.train.keep_checkpoints, config.fps)  # fmt: skip
+            summary = run(
+                Fleets(*parts),
+                term_weights(config),
+                loop_settings(config),
+                heldout,
+                folder,
+                tracking,
+                resume,
+                config.train.keep_checkpoints,
+                config.fps,
+            )
     print_result(folder.path, summary)
 
 

@@ -21,9 +21,9 @@ KeyValue = tuple[Tensor, Tensor]
 class KVCache:
     """Post-rotary keys and values of the clean frames that a block may see.
 
-    layers: per transformer block (k, v), each [B, tokens, heads, head_dim]. frames: absolute indices of the cached latent
-    frames. next_frame: the index that the next latent frame will have. A cache is never changed: appending and forking
-    make new ones that share what they can.
+    layers: per transformer block (k, v), each [B, tokens, heads, head_dim]. frames: absolute indices of the cached
+    latent frames. next_frame: the index that the next latent frame will have. A cache is never changed: appending and
+    forking make new ones that share what they can.
     """
 
     layers: tuple[KeyValue, ...] = ()
@@ -58,8 +58,9 @@ class StreamAttention:
         self.fresh = (k, v)
         if self.past is not None:
             k, v = torch.cat((self.past[0], k), 1), torch.cat((self.past[1], v), 1)
-        x = dispatch_attention_fn(q, k, v, attn_mask=self.mask, backend=self._attention_backend,
-                                  parallel_config=self._parallel_config)  # fmt: skip
+        x = dispatch_attention_fn(
+            q, k, v, attn_mask=self.mask, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
         return attn.to_out[1](attn.to_out[0](x.flatten(2, 3).type_as(q)))
 
 
@@ -71,7 +72,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def visible_from(keys: Tensor, end: Tensor, window: int | None, sink: int) -> Tensor:
-    """Which key frames a block that ends before frame `end` may see; the window counts the sink and the block itself."""
+    """Which key frames a block that ends before frame `end` may see; the window counts the sink and the block
+    itself.
+    """
     seen = keys < end
     if window is not None:
         seen = seen & ((keys < sink) | (keys >= end - (window - sink)))

@@ -1,7 +1,7 @@
 """A causal, streaming Wan on diffusers' unmodified `WanTransformer3DModel`.
 
-Only the self-attention processors are swapped (`set_processor`, public API); weights, configuration, state-dict keys and
-loading stay diffusers' own. The same weights run in four ways, which agree to rounding:
+Only the self-attention processors are swapped (`set_processor`, public API); weights, configuration, state-dict keys
+and loading stay diffusers' own. The same weights run in four ways, which agree to rounding:
 
     block()   one block of frames against a KV cache: the streaming rollout
     full()    all frames at once under a block-causal mask
@@ -24,7 +24,9 @@ from diffusers import WanTransformer3DModel  # isort: skip  (after policy.attent
 
 
 class CausalWan(nn.Module):
-    """window: latent frames that a block sees, itself and the sink included (None: all). sink: first frames always seen."""
+    """window: latent frames that a block sees, itself and the sink included (None: all). sink: first frames always
+    seen.
+    """
 
     def __init__(self, model: WanTransformer3DModel, window: int | None = None, sink: int = 0) -> None:
         super().__init__()
@@ -35,19 +37,25 @@ class CausalWan(nn.Module):
         self._masks = lru_cache(maxsize=32)(self._packed_mask)
 
     def block(self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache) -> Tensor:
-        """Velocity of the next block. x [B, channels, f, h, w]; t: time in 0..1000, scalar or [B]; leaves the cache alone."""
+        """Velocity of the next block. x [B, channels, f, h, w]; t: time in 0..1000, scalar or [B]; leaves the cache
+        alone.
+        """
         return self._stream(x, t, text, cache)[0]
 
     def append(self, x: Tensor, text: Tensor, cache: KVCache) -> KVCache:
         """The context pass: the cache after clean block x [B, channels, f, h, w], evicted to the window."""
         _, fresh, past, seen = self._stream(x, 0.0, text, cache)
-        layers = tuple((torch.cat((p[0], k), 1), torch.cat((p[1], v), 1)) if p is not None else (k, v)
-                       for p, (k, v) in zip(past, fresh))  # fmt: skip
+        layers = tuple(
+            (torch.cat((p[0], k), 1), torch.cat((p[1], v), 1)) if p is not None else (k, v)
+            for p, (k, v) in zip(past, fresh)
+        )
         end = cache.next_frame + x.shape[2]
         return KVCache(layers, (*seen, *range(cache.next_frame, end)), end)
 
     def full(self, x: Tensor, t: Tensor, text: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Velocity of all frames, block-causal. x [B, channels, F, h, w]; t [B, F] in 0..1000; sizes: frames per block."""
+        """Velocity of all frames, block-causal. x [B, channels, F, h, w]; t [B, F] in 0..1000; sizes: frames per
+        block.
+        """
         mask = causal_mask(sizes, self.window, self.sink)
         return self._whole(x, t, text, mask, torch.arange(x.shape[2]))
 
@@ -106,15 +114,19 @@ class CausalWan(nn.Module):
         return x.shape[3] // patch_h, x.shape[4] // patch_w
 
     def _rotary(self, frames: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Rotary tables [1, L, 1, head_dim] of absolute frame ids; the model's own rope starts every call at frame 0."""
+        """Rotary tables [1, L, 1, head_dim] of absolute frame ids; the model's own rope starts every call at frame
+        0.
+        """
         rope = self.model.rope
         tables = []
         for table in (rope.freqs_cos, rope.freqs_sin):
             time, y, x = table.split([rope.t_dim, rope.h_dim, rope.w_dim], 1)
             f = len(frames)
-            grid = (time[frames.to(table.device)].view(f, 1, 1, -1).expand(f, rows, columns, -1),
-                    y[:rows].view(1, rows, 1, -1).expand(f, rows, columns, -1),
-                    x[:columns].view(1, 1, columns, -1).expand(f, rows, columns, -1))  # fmt: skip
+            grid = (
+                time[frames.to(table.device)].view(f, 1, 1, -1).expand(f, rows, columns, -1),
+                y[:rows].view(1, rows, 1, -1).expand(f, rows, columns, -1),
+                x[:columns].view(1, 1, columns, -1).expand(f, rows, columns, -1),
+            )
             tables.append(torch.cat(grid, -1).reshape(1, f * rows * columns, 1, -1))
         return tables[0], tables[1]
 

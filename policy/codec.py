@@ -36,8 +36,7 @@ def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Con
 class ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.SiLU(), _conv(width, width),
-                                  nn.SiLU(), _conv(width, width))  # fmt: skip
+        self.body = nn.Sequential(nn.SiLU(), _conv(width, width), nn.SiLU(), _conv(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -56,16 +55,27 @@ class ConvCodec(nn.Module):
         super().__init__()
         self.channels, half = channels, width // 2
         self.encoder = nn.Sequential(
-            _conv(3, half, 8, 4), ResidualBlock(half),
-            nn.SiLU(), _conv(half, width, 4, 2), ResidualBlock(width),
-            nn.SiLU(), _conv(width, channels), nn.BatchNorm2d(channels, affine=False, momentum=0.01),
-        )  # fmt: skip
+            _conv(3, half, 8, 4),
+            ResidualBlock(half),
+            nn.SiLU(),
+            _conv(half, width, 4, 2),
+            ResidualBlock(width),
+            nn.SiLU(),
+            _conv(width, channels),
+            nn.BatchNorm2d(channels, affine=False, momentum=0.01),
+        )
         self.decoder = nn.Sequential(
-            _conv(channels, width), ResidualBlock(width), ResidualBlock(width),
-            nn.SiLU(), nn.ConvTranspose2d(width, half, 4, stride=2, padding=1), ResidualBlock(half),
-            nn.SiLU(), nn.ConvTranspose2d(half, 8, 8, stride=4, padding=2),
-            nn.SiLU(), _conv(8, 3),
-        )  # fmt: skip
+            _conv(channels, width),
+            ResidualBlock(width),
+            ResidualBlock(width),
+            nn.SiLU(),
+            nn.ConvTranspose2d(width, half, 4, stride=2, padding=1),
+            ResidualBlock(half),
+            nn.SiLU(),
+            nn.ConvTranspose2d(half, 8, 8, stride=4, padding=2),
+            nn.SiLU(),
+            _conv(8, 3),
+        )
 
     def encode(self, video: Tensor) -> Tensor:
         z = self.encoder(video.transpose(1, 2).flatten(0, 1))
@@ -77,7 +87,9 @@ class ConvCodec(nn.Module):
 
 
 def to_pixels(video: Tensor) -> Tensor:
-    """float [..., 3, T, H, W] in about -1..1 -> uint8 [..., T, H, W, 3]. A frame with a non-finite value is all black."""
+    """float [..., 3, T, H, W] in about -1..1 -> uint8 [..., T, H, W, 3]. A frame with a non-finite value is all
+    black.
+    """
     frames = video.movedim(-4, -1)
     finite = frames.isfinite().flatten(-3).all(-1)[..., None, None, None]
     return torch.where(finite, frames, -1.0).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)

@@ -1,4 +1,6 @@
-"""How a drag enters the policy: extra input channels beside the noisy latents, computed from the first frame and the tracks."""
+"""How a drag enters the policy: extra input channels beside the noisy latents, computed from the first frame and the
+tracks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from policy.codec import Codec
 class Drag:
     """The first frame and the lines of a batch of prompts.
 
-    first_frame float [B, 3, H, W] in -1..1; tracks float [B, T, N, 2] (x, y) px; visible bool [B, T, N], False for padding too.
+    first_frame float [B, 3, H, W] in -1..1; tracks float [B, T, N, 2] (x, y) px; visible bool [B, T, N], False for
+    padding too.
     """
 
     first_frame: Tensor
@@ -29,9 +32,10 @@ class Drag:
 class MovedWindowControl:
     """Wan's image-to-video layout in small: [heat map | known | features of the first frame, moved along the drag].
 
-    A window around each dragged point is moved along the track IN PIXELS, pasted over the first frame, and the picture is then encoded:
-    latents are not shift-equivariant, so moving them instead costs about ten times the track error. What the moved window leaves
-    bare is filled from its surroundings and marked as not known. window: half side, px. sigma: width of the heat map, px.
+    A window around each dragged point is moved along the track IN PIXELS, pasted over the first frame, and the
+    picture is then encoded: latents are not shift-equivariant, so moving them instead costs about ten times the track
+    error. What the moved window leaves bare is filled from its surroundings and marked as not known. window: half
+    side, px. sigma: width of the heat map, px.
     """
 
     def __init__(self, codec: Codec, window: float, sigma: float) -> None:
@@ -39,7 +43,9 @@ class MovedWindowControl:
         self.channels = codec.channels + 2
 
     def encode(self, drag: Drag, frames: slice = slice(None)) -> Tensor:
-        """float [B, channels, f, h, w]: the control of the given video frames (one latent each); causal in the tracks."""
+        """float [B, channels, f, h, w]: the control of the given video frames (one latent each); causal in the
+        tracks.
+        """
         picture, known = self._canvas(drag, frames)
         features = self.codec.encode(picture)
         h, w = features.shape[-2:]
@@ -78,7 +84,9 @@ class MovedWindowControl:
 
 
 def fill_from_around(picture: Tensor, hole: Tensor, reach: float) -> Tensor:
-    """Normalised box blur of the pixels outside the hole: a smooth guess of what lies behind. picture [B, 3, H, W], hole [B, 1, H, W]."""
+    """Normalised box blur of the pixels outside the hole: a smooth guess of what lies behind. picture [B, 3, H, W],
+    hole [B, 1, H, W].
+    """
     side, keep = 2 * int(reach) + 1, 1 - hole
 
     def blur(z: Tensor) -> Tensor:
@@ -98,6 +106,11 @@ def shift_picture(picture: Tensor, offset: Tensor) -> Tensor:
     )
     source = torch.stack((x, y), -1) - offset[:, :, None, None]
     grid = source * 2 / torch.tensor([width - 1, height - 1], device=picture.device) - 1
-    moved = F.grid_sample(picture.repeat_interleave(frames, 0), grid.flatten(0, 1), mode="bicubic", padding_mode="border",
-                          align_corners=True)  # fmt: skip
+    moved = F.grid_sample(
+        picture.repeat_interleave(frames, 0),
+        grid.flatten(0, 1),
+        mode="bicubic",
+        padding_mode="border",
+        align_corners=True,
+    )
     return moved.unflatten(0, (batch, frames)).transpose(1, 2)

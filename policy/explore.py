@@ -1,7 +1,7 @@
 """Exploration subspaces: where the noise of the selected transition lives.
 
-A subspace has orthonormal directions U. `project` takes states to coordinates, `lift` takes coordinates back; both work on
-[P, C, f, h, w] and on [P, G, C, f, h, w]. Noise outside U is zero and the transition there is the ODE step.
+A subspace has orthonormal directions U. `project` takes states to coordinates, `lift` takes coordinates back; both
+work on [P, C, f, h, w] and on [P, G, C, f, h, w]. Noise outside U is zero and the transition there is the ODE step.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Basis:
 class Cells:
     """Means over cells of `size` x `size` latent pixels, scaled to unit norm; size 1 is white noise.
 
-    inside: bool [P, 1, f, h/size, w/size], the cells that belong to the subspace. Coordinates [P, (G,) C, f, h/size, w/size], zero
-    where not inside.
+    inside: bool [P, 1, f, h/size, w/size], the cells that belong to the subspace. Coordinates [P, (G,) C, f, h/size,
+    w/size], zero where not inside.
     """
 
     size: int
@@ -91,19 +91,22 @@ class Cells:
 def tangent_basis(v: Tensor, moved: Tensor) -> Basis:
     """The directions in which the policy's own prediction moves when its control moves.
 
-    v [P, C, f, h, w]: the prediction; moved [P, D, C, f, h, w]: the predictions with the drag shifted by one pixel, one per frame and
-    axis. Returns their differences, orthonormalised (QR). "Where could the object be a bit to the left", in the policy's terms.
+    v [P, C, f, h, w]: the prediction; moved [P, D, C, f, h, w]: the predictions with the drag shifted by one pixel,
+    one per frame and axis. Returns their differences, orthonormalised (QR). "Where could the object be a bit to the
+    left", in the policy's terms.
     """
     differences = (moved - v.unsqueeze(1)).flatten(2).transpose(1, 2).double()
     vectors = torch.linalg.qr(differences).Q.transpose(1, 2)
     return Basis(vectors.float().unflatten(2, v.shape[1:]).contiguous())
 
 
-def cells_near(tracks: Tensor, visible: Tensor, latent: tuple[int, int], stride: int, size: int, channels: int,
-               radius: float) -> Cells:  # fmt: skip
+def cells_near(
+    tracks: Tensor, visible: Tensor, latent: tuple[int, int], stride: int, size: int, channels: int, radius: float
+) -> Cells:
     """Cells within `radius` px of a visible drag point (all cells if radius is 0; always the nearest one).
 
-    tracks [P, f, N, 2] px, visible bool [P, f, N], for the frames of the block; latent: (h, w); stride: px per latent pixel.
+    tracks [P, f, N, 2] px, visible bool [P, f, N], for the frames of the block; latent: (h, w); stride: px per latent
+    pixel.
     """
     if latent[0] % size or latent[1] % size:
         raise ValueError(f"explore.cell: {size} does not divide the latent picture {latent[0]}x{latent[1]}")

@@ -1,4 +1,6 @@
-"""The drag-controlled video policy: transformer, codec, control and schedule as one thing that can be saved and loaded."""
+"""The drag-controlled video policy: transformer, codec, control and schedule as one thing that can be saved and
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,11 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """size: side of the picture, px. block: latent frames generated together. frames: video frames T, the given first one included.
+    """size: side of the picture, px. block: latent frames generated together. frames: video frames T, the given first
+    one included.
 
-    sigmas: noise levels from 1 to 0. window / sink: latent frames a block sees (None: all). drag_window, drag_sigma: half side of the
-    moved window and width of the heat map, px.
+    sigmas: noise levels from 1 to 0. window / sink: latent frames a block sees (None: all). drag_window, drag_sigma:
+    half side of the moved window and width of the heat map, px.
     """
 
     size: int
@@ -78,7 +81,9 @@ class DragPolicy:
         return self.codec.channels, side, side
 
     def text(self, batch: int) -> Tensor:
-        """The tiny policy has no text encoder: zero embeddings [B, 1, text_dim] that the stock cross-attention reads."""
+        """The tiny policy has no text encoder: zero embeddings [B, 1, text_dim] that the stock cross-attention
+        reads.
+        """
         return torch.zeros(batch, 1, self.net.model.config.text_dim, device=self.net.model.device)
 
     def first_latent(self, drag: Drag) -> Tensor:
@@ -101,7 +106,8 @@ class DragPolicy:
 
 
 def load_policy(path: str | Path, weights: str | Path | None = None) -> DragPolicy:
-    """A policy saved by `DragPolicy.save`, with its trained weights replaced by `weights` (a policy.safetensors) if given.
+    """A policy saved by `DragPolicy.save`, with its trained weights replaced by `weights` (a policy.safetensors) if
+    given.
 
     Raises WeightsError when a file is missing, damaged, or of another shape.
     """
@@ -131,8 +137,9 @@ def read_settings(path: str | Path) -> PolicySettings:
 def read_transformer(path: Path) -> WanTransformer3DModel:
     """A transformer in diffusers format; WeightsError naming it when a file is missing, damaged or misshapen."""
     try:
-        transformer, info = WanTransformer3DModel.from_pretrained(path, local_files_only=True, use_safetensors=True,
-                                                                  output_loading_info=True)  # fmt: skip
+        transformer, info = WanTransformer3DModel.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).split(". ")[0].rstrip(".") if (path / "config.json").is_file() else "no config.json"
         raise WeightsError(f"cannot read the transformer {path}: {reason}; restore it or choose another") from error
@@ -153,19 +160,39 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
     """Raises WeightsError naming the source and the first entry of `state` that `own` does not have in that shape."""
-    wrong = [f"{k}: {list(state[k].shape)} given, {list(own[k].shape)} needed" for k in own.keys() & state.keys()
-             if state[k].shape != own[k].shape]  # fmt: skip
+    wrong = [
+        f"{k}: {list(state[k].shape)} given, {list(own[k].shape)} needed"
+        for k in own.keys() & state.keys()
+        if state[k].shape != own[k].shape
+    ]
     lost, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if wrong or lost or unknown:
         what = wrong or [f"missing {k}" for k in lost] or [f"unknown {k}" for k in unknown]
-        raise WeightsError(f"{source} does not fit this policy ({what[0]}; {len(wrong) + len(lost) + len(unknown)} in all); "
-                           "choose the policy=... that it was trained with")  # fmt: skip
+        raise WeightsError(
+            f"{source} does not fit this policy ({what[0]}; {len(wrong) + len(lost) + len(unknown)} in all); "
+            "choose the policy=... that it was trained with"
+        )
 
 
-def build_transformer(channels: int, control_channels: int, heads: int, head_dim: int, layers: int, ffn: int,
-                      patch: Sequence[int] = (1, 2, 2)) -> WanTransformer3DModel:  # fmt: skip
+def build_transformer(
+    channels: int,
+    control_channels: int,
+    heads: int,
+    head_dim: int,
+    layers: int,
+    ffn: int,
+    patch: Sequence[int] = (1, 2, 2),
+) -> WanTransformer3DModel:
     """A fresh transformer of the tiny size; control channels come after the noise channels."""
     return WanTransformer3DModel(
-        patch_size=tuple(patch), num_attention_heads=heads, attention_head_dim=head_dim, in_channels=channels + control_channels,
-        out_channels=channels, text_dim=8, freq_dim=64, ffn_dim=ffn, num_layers=layers, rope_max_seq_len=128,
-    )  # fmt: skip
+        patch_size=tuple(patch),
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=channels + control_channels,
+        out_channels=channels,
+        text_dim=8,
+        freq_dim=64,
+        ffn_dim=ffn,
+        num_layers=layers,
+        rope_max_seq_len=128,
+    )

@@ -25,8 +25,9 @@ def cosine(step: int, steps: int, warmup: int = 50) -> float:
     return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def fit_codec(codec: ConvCodec, frames: Iterator[Tensor], steps: int, lr: float, jitter: float, report: Report,
-              seed: int) -> None:  # fmt: skip
+def fit_codec(
+    codec: ConvCodec, frames: Iterator[Tensor], steps: int, lr: float, jitter: float, report: Report, seed: int
+) -> None:
     """Trains encoder and decoder on batches of frames, float [B, 3, 1, H, W] in -1..1.
 
     Loss: L1 + 4 MSE + L1 of the spatial gradients (sharpness). `jitter` is the standard deviation of the noise added to
@@ -62,14 +63,25 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return (10 * torch.log10(4 / (a - b).square().mean())).item()
 
 
-def fit_policy(policy: DragPolicy, batches: Iterator[tuple[Tensor, Tensor]], steps: int, lr: float, muon_lr: float, ema: float,
-               context_noise: float, on_schedule: float, report: Report, seed: int) -> None:  # fmt: skip
-    """Flow matching with teacher forcing, packed: every block is denoised at its own level given the clean frames before it.
+def fit_policy(
+    policy: DragPolicy,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    lr: float,
+    muon_lr: float,
+    ema: float,
+    context_noise: float,
+    on_schedule: float,
+    report: Report,
+    seed: int,
+) -> None:
+    """Flow matching with teacher forcing, packed: every block is denoised at its own level given the clean frames
+    before it.
 
-    batches: (latents [B, C, F, h, w], control [B, Cc, F, h, w]). Levels are those of the few-step schedule with probability
-    `on_schedule`, else s = 3u / (1 + 2u). On half of the videos the clean history gets noise of std up to `context_noise`,
-    so that the policy bears with the flaws of its own frames. Block matrices train with Muon (arXiv 2502.16982), all other weights with
-    AdamW; the policy ends with the exponential moving average of its weights.
+    batches: (latents [B, C, F, h, w], control [B, Cc, F, h, w]). Levels are those of the few-step schedule with
+    probability `on_schedule`, else s = 3u / (1 + 2u). On half of the videos the clean history gets noise of std up to
+    `context_noise`, so that the policy bears with the flaws of its own frames. Block matrices train with Muon (arXiv
+    2502.16982), all other weights with AdamW; the policy ends with the exponential moving average of its weights.
     """
     generator = torch.Generator().manual_seed(seed)
     net, sizes = policy.net, policy.sizes

@@ -6,11 +6,11 @@ x0^ = x - s v and eps^ = x + (1-s) v.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from policy.explore import Subspace
@@ -26,7 +26,7 @@ def shifted_schedule(steps: int, shift: float) -> tuple[float, ...]:
 
 def check_schedule(sigmas: Sequence[float]) -> None:
     """Raises ValueError unless 1 = s_0 > s_1 > ... > s_N = 0."""
-    falling = all(a > b for a, b in zip(sigmas, sigmas[1:]))
+    falling = all(a > b for a, b in itertools.pairwise(sigmas))
     if len(sigmas) < 2 or sigmas[0] != 1 or sigmas[-1] != 0 or not falling:
         raise ValueError(f"schedule {list(sigmas)} must fall strictly from 1 to 0")
 
@@ -35,14 +35,15 @@ def check_schedule(sigmas: Sequence[float]) -> None:
 class Kernel:
     """The law of the selected transition.
 
-    name "cps": mean = (1-s') x0^ + s' cos(eta pi/2) eps^, std = s' sin(eta pi/2) (Flow-CPS, arXiv 2509.05952). eta = 0 is the
-    Euler ODE step, eta = 1 Self-Forcing's fresh-noise renoise; the marginal std is s' for every eta.
-    name "flow_sde": Euler-Maruyama of Flow-GRPO's SDE (arXiv 2505.05470), sigma = eta sqrt(s/(1-s)), the pole at s = 1 replaced by
-    s' inside 1-s as in its code. It overshoots the marginal std in few steps.
-    name "dance": DanceGRPO's SDE (arXiv 2505.07818) with constant sigma = eta.
+    name "cps": mean = (1-s') x0^ + s' cos(eta pi/2) eps^, std = s' sin(eta pi/2) (Flow-CPS, arXiv 2509.05952). eta =
+    0 is the Euler ODE step, eta = 1 Self-Forcing's fresh-noise renoise; the marginal std is s' for every eta. name
+    "flow_sde": Euler-Maruyama of Flow-GRPO's SDE (arXiv 2505.05470), sigma = eta sqrt(s/(1-s)), the pole at s = 1
+    replaced by s' inside 1-s as in its code. It overshoots the marginal std in few steps. name "dance": DanceGRPO's
+    SDE (arXiv 2505.07818) with constant sigma = eta.
 
-    amplitude scales std. With an amplitude other than 1 the mean stays on the ODE step: the marginal is not kept then, which a
-    subspace of few dimensions does not feel, and a larger std reads the reward's slope above the scorer's noise.
+    amplitude scales std. With an amplitude other than 1 the mean stays on the ODE step: the marginal is not kept
+    then, which a subspace of few dimensions does not feel, and a larger std reads the reward's slope above the
+    scorer's noise.
     """
 
     name: str = "cps"
@@ -84,13 +85,21 @@ def ode_step(x: Tensor, v: Tensor, s: float, s2: float) -> Tensor:
     return x + (s2 - s) * v
 
 
-def transition(kernel: Kernel, subspace: Subspace, x: Tensor, v: Tensor, s: float, s2: float,
-               noise: Tensor | None = None, coordinates: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def transition(
+    kernel: Kernel,
+    subspace: Subspace,
+    x: Tensor,
+    v: Tensor,
+    s: float,
+    s2: float,
+    noise: Tensor | None = None,
+    coordinates: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Samples (`noise` given) or scores (`coordinates` given) the selected transition; one function, so both agree.
 
     x, v [P, C, f, h, w]: the state that P groups share. noise / coordinates [P, G, ...]: standard normal / sampled
-    coordinates in the subspace. Returns (coordinates [P, G, ...], log-prob [P, G]): the Gaussian log-density in fp32, as a MEAN over
-    the coordinates.
+    coordinates in the subspace. Returns (coordinates [P, G, ...], log-prob [P, G]): the Gaussian log-density in fp32,
+    as a MEAN over the coordinates.
     """
     x, v = x.float(), v.float()
     mean, std = kernel.law(x, v, s, s2, subspace)
@@ -102,7 +111,9 @@ def transition(kernel: Kernel, subspace: Subspace, x: Tensor, v: Tensor, s: floa
 
 
 def place(kernel: Kernel, subspace: Subspace, x: Tensor, v: Tensor, s: float, s2: float, coordinates: Tensor) -> Tensor:
-    """The states x_s2 [P, G, C, f, h, w] whose coordinates in the subspace are the given ones; the ODE step outside it."""
+    """The states x_s2 [P, G, C, f, h, w] whose coordinates in the subspace are the given ones; the ODE step outside
+    it.
+    """
     mean, _ = kernel.law(x, v, s, s2, subspace)
     moved = coordinates - subspace.project(mean).unsqueeze(1)
     return mean.unsqueeze(1) + subspace.lift(moved)

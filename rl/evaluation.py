@@ -1,4 +1,6 @@
-"""Held-out measurement: pure ODE sampling from fixed noise, metrics that training sees and canaries that it never does."""
+"""Held-out measurement: pure ODE sampling from fixed noise, metrics that training sees and canaries that it never
+does.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ METRICS = {
 
 
 def measure(batch: RewardBatch) -> dict[str, np.ndarray]:
-    """METRICS of whole videos, each float32 [B]; those that need a truth are left out without one. Frame 0 does not count."""
+    """METRICS of whole videos, each float32 [B]; those that need a truth are left out without one. Frame 0 does not
+    count.
+    """
     found = {}
     for name, tracker in (("track_error_px", LucasKanade(chained=True)), ("canary/track_error_px", TemplateMatch())):
         errors = [track_error(v, p, seen, tracker)
@@ -42,7 +46,8 @@ def _gradient_energy(video: np.ndarray) -> np.ndarray:
 def compare(base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, dict]:
     """Per metric {"base", "tuned", "ci95"}: means over the prompts, and the 95 % interval of (tuned - base).
 
-    The interval is a paired bootstrap over prompts (2,000 resamples). A prompt that either could not score is left out of both.
+    The interval is a paired bootstrap over prompts (2,000 resamples). A prompt that either could not score is left
+    out of both.
     """
     rng = np.random.default_rng(seed)
     table = {}

@@ -30,10 +30,13 @@ Advantages = Mapping[str, Mapping[int, np.ndarray]]
 
 @dataclass(frozen=True)
 class LearnerSettings:
-    """beta: weight of the divergence from the reference. clip: of the ratio. ema: decay of the averaged weights (0: none).
+    """beta: weight of the divergence from the reference. clip: of the ratio. ema: decay of the averaged weights (0:
+    none).
 
-    eps: of Adam; weights whose gradient is rounding alone (key biases) must not move by the learning rate. equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass. updates_per_rollout: optimizer
-    steps on one batch. ratio_tolerance: largest |ratio - 1| that is allowed before the first update.
+    eps: of Adam; weights whose gradient is rounding alone (key biases) must not move by the learning rate.
+    equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass.
+    updates_per_rollout: optimizer steps on one batch. ratio_tolerance: largest |ratio - 1| that is allowed before the
+    first update.
     """
 
     lr: float
@@ -53,7 +56,9 @@ class LearnerSettings:
 
 
 def deepspeed_config(settings: LearnerSettings, ranks: int) -> dict[str, Any]:
-    """DeepSpeed's configuration as a pure function of ours; micro-batches are accumulated by hand, their number varies."""
+    """DeepSpeed's configuration as a pure function of ours; micro-batches are accumulated by hand, their number
+    varies.
+    """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -88,8 +93,13 @@ class Learner:
         """Builds the engine; returns when all ranks have."""
         self.rank = rank
         gpu = torch.cuda.is_available()
-        os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]), RANK=str(rank), WORLD_SIZE=str(self.ranks),
-                          LOCAL_RANK="0")  # fmt: skip
+        os.environ.update(
+            MASTER_ADDR=address[0],
+            MASTER_PORT=str(address[1]),
+            RANK=str(rank),
+            WORLD_SIZE=str(self.ranks),
+            LOCAL_RANK="0",
+        )
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
         import deepspeed
         import deepspeed.ops
@@ -99,8 +109,9 @@ class Learner:
         ):  # else DeepSpeed compiles a shared-memory operator for minutes, and a killed build hangs every later one
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not torch.distributed.is_initialized():
-            deepspeed.init_distributed("nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False,
-                                       timeout=timedelta(minutes=5))  # fmt: skip
+            deepspeed.init_distributed(
+                "nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=5)
+            )
         net, s = self.policy.net, self.settings
         self.reference = CausalWan(copy.deepcopy(net.model), net.window, net.sink).requires_grad_(False)
         optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
@@ -110,8 +121,9 @@ class Learner:
     def update(self, replays: Sequence[Sequence[Replay]], advantages: Advantages) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps on this rank's replays (chunks as the workers made them).
 
-        Returns means over this rank's actions. Raises ValueError when the replay's log-probs differ from the rollout's by more than
-        `ratio_tolerance` before the first update: rollout and learner then do not run the same policy.
+        Returns means over this rank's actions. Raises ValueError when the replay's log-probs differ from the
+        rollout's by more than `ratio_tolerance` before the first update: rollout and learner then do not run the same
+        policy.
         """
         flat = [replay for chunk in replays for replay in chunk]
         work = [ReplayBatch(tuple(flat[i] for i in indices)) for indices in batches(flat, self.settings.micro_batch)]
@@ -126,8 +138,10 @@ class Learner:
                 logp = batch.log_probs(self.kernel, v)
                 if epoch == 0:
                     old.append([lp.detach() for lp in logp])
-                    deviation = max(deviation, *(((a - b).exp() - 1).abs().max().item()
-                                                 for a, b in zip(old[i], batch.rollout_log_probs())))  # fmt: skip
+                    deviation = max(
+                        deviation,
+                        *(((a - b).exp() - 1).abs().max().item() for a, b in zip(old[i], batch.rollout_log_probs())),
+                    )
                 with torch.no_grad():
                     v_ref = batch.velocity(self.policy, self.reference)
                 loss, parts = self._loss(batch, v, v_ref, logp, old[i], advantages)
@@ -166,11 +180,15 @@ class Learner:
 
     def _check(self, deviation: float) -> None:
         if not deviation <= self.settings.ratio_tolerance:
-            raise ValueError(f"replay and rollout disagree: |ratio - 1| = {deviation:.2e} before the first update, above "
-                             f"learner.ratio_tolerance={self.settings.ratio_tolerance:.0e}")  # fmt: skip
+            raise ValueError(
+                f"replay and rollout disagree: |ratio - 1| = {deviation:.2e} before the first update, above "
+                f"learner.ratio_tolerance={self.settings.ratio_tolerance:.0e}"
+            )
 
     def _grad_norm(self) -> float:
-        """Before clipping, over all ranks. ZeRO shards gradients and knows their norm only after its step: its last one."""
+        """Before clipping, over all ranks. ZeRO shards gradients and knows their norm only after its step: its last
+        one.
+        """
         if self.settings.zero_stage:
             return float(self.engine.get_global_grad_norm() or 0.0)
         return torch.nn.utils.get_total_norm(
@@ -190,8 +208,9 @@ class Learner:
         """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/; all ranks must call."""
         root = Path(path)
         rng = {"torch": torch.get_rng_state()}
-        self.engine.save_checkpoint(str(root / "learner"), tag="engine", client_state={"version": self.version, "rng": rng},
-                                    save_latest=False)  # fmt: skip
+        self.engine.save_checkpoint(
+            str(root / "learner"), tag="engine", client_state={"version": self.version, "rng": rng}, save_latest=False
+        )
         if self.rank == 0:
             save_file(self.averaged, root / "policy.safetensors")
 

@@ -21,10 +21,10 @@ Advantages = dict[str, dict[int, np.ndarray]]
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """prompts_per_task: prompts that one rollout call generates together; it decides rounding, so results do not depend on how many
-    workers there are. reward_to_go: a block is credited with all frames from it on, not with its own alone. advantage_clip: of
-    |A|. permute: give advantages to the wrong members (the control that must not improve). fault_share: share of unscored
-    groups in an iteration above which the run stops.
+    """prompts_per_task: prompts that one rollout call generates together; it decides rounding, so results do not
+    depend on how many workers there are. reward_to_go: a block is credited with all frames from it on, not with its
+    own alone. advantage_clip: of |A|. permute: give advantages to the wrong members (the control that must not
+    improve). fault_share: share of unscored groups in an iteration above which the run stops.
     """
 
     seed: int
@@ -60,8 +60,14 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def train(fleets: Fleets, terms: Mapping[str, TermWeight], settings: LoopSettings, start: int,
-          log: Callable[[int, Metrics], None], checkpoint: Callable[[int], None]) -> Clock:  # fmt: skip
+def train(
+    fleets: Fleets,
+    terms: Mapping[str, TermWeight],
+    settings: LoopSettings,
+    start: int,
+    log: Callable[[int, Metrics], None],
+    checkpoint: Callable[[int], None],
+) -> Clock:
     """Runs iterations start..settings.iterations - 1; the rollout workers must hold the learner's weights.
 
     log: called with (step, metrics) after every iteration; steps count from 1. checkpoint: called with the step every
@@ -81,13 +87,16 @@ def train(fleets: Fleets, terms: Mapping[str, TermWeight], settings: LoopSetting
         with clock("sync"):
             synchronise(fleets)
         step = iteration + 1
-        log(step, {
-            **summarise(scores, terms),
-            **{f"train/{name}": float(np.mean([s[name] for s in stats])) for name in stats[0]},
-            **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
-            "masked/groups": float(faults),
-            "system/restarts": float(sum(f.restarts for f in (fleets.rollout, fleets.reward, fleets.learner))),
-        })  # fmt: skip
+        log(
+            step,
+            {
+                **summarise(scores, terms),
+                **{f"train/{name}": float(np.mean([s[name] for s in stats])) for name in stats[0]},
+                **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
+                "masked/groups": float(faults),
+                "system/restarts": float(sum(f.restarts for f in (fleets.rollout, fleets.reward, fleets.learner))),
+            },
+        )
         for phase, seconds in clock.seconds.items():
             total.seconds[phase] = total.seconds.get(phase, 0.0) + seconds
         if step % settings.checkpoint_every == 0 or step == settings.iterations:
@@ -98,7 +107,8 @@ def train(fleets: Fleets, terms: Mapping[str, TermWeight], settings: LoopSetting
 def roll_out(fleets: Fleets, settings: LoopSettings, iteration: int) -> tuple[list[Task], list]:
     """Generates the iteration's groups; every chunk goes to the rewards as soon as it is finished.
 
-    Returns the scoring tasks, and references to the replays in the order of the prompts. The version asked for is the iteration.
+    Returns the scoring tasks, and references to the replays in the order of the prompts. The version asked for is the
+    iteration.
     """
     first = settings.seed * 1_000_000 + iteration * settings.prompts_per_iteration
     indices = list(range(first, first + settings.prompts_per_iteration))

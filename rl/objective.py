@@ -1,4 +1,6 @@
-"""The loss of a selected transition: PPO's clipped ratio, and a penalty that keeps the policy near a frozen reference."""
+"""The loss of a selected transition: PPO's clipped ratio, and a penalty that keeps the policy near a frozen
+reference.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,11 @@ def clipped_ratio_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: 
 
 
 def velocity_divergence(v: Tensor, reference: Tensor) -> Tensor:
-    """|v - v_ref|^2 / 2, mean over all but the first axis: the KL between unit-variance Gaussians around the velocities, [R].
+    """|v - v_ref|^2 / 2, mean over all but the first axis: the KL between unit-variance Gaussians around the
+    velocities, [R].
 
-    It is taken on the whole latent and not in the exploration subspace: outside of it the policy is deterministic, and what the
-    subspace does not see is where an unwatched picture decays.
+    It is taken on the whole latent and not in the exploration subspace: outside of it the policy is deterministic,
+    and what the subspace does not see is where an unwatched picture decays.
     """
     return (v - reference).square().flatten(1).mean(1) / 2
 
@@ -31,7 +34,8 @@ def velocity_divergence(v: Tensor, reference: Tensor) -> Tensor:
 def gradient_scale(kernel: Kernel, s: float, s2: float) -> float:
     """The weight std / |d mean / d v| that makes every step's log-prob gradient equally long.
 
-    Where the mean is the ODE step, d mean / d v = s' - s (cf. Flash-GRPO, arXiv 2605.15980; LongCat-Video, arXiv 2510.22200, eq. 22).
+    Where the mean is the ODE step, d mean / d v = s' - s (cf. Flash-GRPO, arXiv 2605.15980; LongCat-Video, arXiv
+    2510.22200, eq. 22).
     """
     probe = torch.zeros(1), torch.ones(1)
     mean, std = kernel.moments(torch.zeros(1), probe[1], s, s2)

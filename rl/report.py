@@ -168,8 +168,8 @@ def _headline(heldout: dict[str, Any]) -> str:
             base, tuned, (low, high) = (found[name][key] for key in ("base", "tuned", "ci95"))
             change = f"{100 * (tuned / base - 1):+.0f} %".replace("-", "&minus;") if base else ""
             note = f"change {low:+.3g} to {high:+.3g} (95 % CI)".replace("-", "&minus;")
-            cards.append(f"<div><h1>{escape(label)}</h1><b>{base:.3g} <i>&rarr;</i> {tuned:.3g}<small>{unit}</small></b>"
-                         f"<span>{change}</span><p>{note}</p></div>")  # fmt: skip
+            figure = f"<b>{base:.3g} <i>&rarr;</i> {tuned:.3g}<small>{unit}</small></b>"
+            cards.append(f"<div><h1>{escape(label)}</h1>{figure}<span>{change}</span><p>{note}</p></div>")
     return f'<div class="cards">{"".join(cards)}</div>'
 
 

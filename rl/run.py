@@ -26,7 +26,9 @@ CANARY = "canary/"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """prompts: how many. seed: chooses them and their noise. batch: prompts generated together. strips: how many are shown."""
+    """prompts: how many. seed: chooses them and their noise. batch: prompts generated together. strips: how many are
+    shown.
+    """
 
     prompts: int
     seed: int
@@ -53,9 +55,20 @@ def measure(rollout: Fleet, reward: Fleet, heldout: HeldOut) -> tuple[dict[str, 
     return stack([found[i] for i in sorted(found)]), shown
 
 
-def run(fleets: Fleets, terms: dict[str, TermWeight], settings: LoopSettings, heldout: HeldOut, folder: RunFolder,
-        tracking: Tracking, resume: Path | None, keep: int, fps: float) -> dict[str, Any]:  # fmt: skip
-    """Measures the base, trains, measures the tuned policy, writes report.html and summary.json; returns the summary."""
+def run(
+    fleets: Fleets,
+    terms: dict[str, TermWeight],
+    settings: LoopSettings,
+    heldout: HeldOut,
+    folder: RunFolder,
+    tracking: Tracking,
+    resume: Path | None,
+    keep: int,
+    fps: float,
+) -> dict[str, Any]:
+    """Measures the base, trains, measures the tuned policy, writes report.html and summary.json; returns the
+    summary.
+    """
     started, clock = time.perf_counter(), Clock()
     with clock("evaluate"):
         base, base_films = measure(fleets.rollout, fleets.reward, heldout)
@@ -86,8 +99,15 @@ def run(fleets: Fleets, terms: dict[str, TermWeight], settings: LoopSettings, he
         tuned, tuned_films = measure(fleets.rollout, fleets.reward, heldout)
     seconds |= clock.seconds | {"total": time.perf_counter() - started}
     summary = summarise(compare(base, tuned), heldout.prompts, settings.iterations, seconds, tracking.run_id)
-    tracking.log({f"eval/{name}/{which}": value for name, row in figures(summary["heldout"])
-                  for which, value in row.items() if which != "ci95"}, settings.iterations)  # fmt: skip
+    tracking.log(
+        {
+            f"eval/{name}/{which}": value
+            for name, row in figures(summary["heldout"])
+            for which, value in row.items()
+            if which != "ci95"
+        },
+        settings.iterations,
+    )
     show(folder, tracking, summary, base_films, tuned_films, heldout.strips, fps, settings.iterations)
     folder.write_summary(summary)
     tracking.artifact(folder.summary)
@@ -97,7 +117,9 @@ def run(fleets: Fleets, terms: dict[str, TermWeight], settings: LoopSettings, he
 def summarise(
     table: dict[str, dict], prompts: int, iterations: int, seconds: dict[str, float], run_id: str | None
 ) -> dict[str, Any]:
-    """The contract of summary.json. Each figure is {"base", "tuned", "ci95" of tuned - base, paired over the prompts}."""
+    """The contract of summary.json. Each figure is {"base", "tuned", "ci95" of tuned - base, paired over the
+    prompts}.
+    """
     return {
         "heldout": {
             "prompts": prompts,

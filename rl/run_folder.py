@@ -57,7 +57,7 @@ class RunFolder:
 
     @classmethod
     def at(cls, run_dir: str | Path | None, job: str) -> RunFolder:
-        """The folder run_dir, or a new one under ./outputs where it is None; its path is absolute, for workers elsewhere."""
+        """The folder run_dir, or a new one under ./outputs where it is None; absolute, for workers elsewhere."""
         return cls.open(Path(run_dir).resolve()) if run_dir else cls.create(Path("outputs").resolve(), job)
 
     def write_config(self, text: str) -> None:

@@ -15,7 +15,9 @@ from policy.policy import DragPolicy
 
 @dataclass(frozen=True)
 class Weights:
-    """version: counts the learner's updates. digest: of the arrays, by name. arrays: numpy, as the object store shares them."""
+    """version: counts the learner's updates. digest: of the arrays, by name. arrays: numpy, as the object store
+    shares them.
+    """
 
     version: int
     digest: str

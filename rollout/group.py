@@ -30,8 +30,9 @@ EXPLORES = ("tangent", "coarse", "white")
 class RolloutSettings:
     """select: trunk|video|frame|all. explore: tangent|coarse|white.
 
-    cell, radius: of `coarse` (latent pixels; px, 0 = everywhere). horizon: blocks that a twig of `trunk` finishes beyond
-    its own. antithetic: members come in pairs (z, -z). renoise: unselected steps draw fresh noise that the group shares.
+    cell, radius: of `coarse` (latent pixels; px, 0 = everywhere). horizon: blocks that a twig of `trunk` finishes
+    beyond its own. antithetic: members come in pairs (z, -z). renoise: unselected steps draw fresh noise that the
+    group shares.
     """
 
     select: str
@@ -149,8 +150,10 @@ class GroupSampler:
         videos = np.concatenate(pixels, 1)
         videos = videos.reshape(len(plans), members, *videos.shape[1:])
         starts = {block: frames.start for block, frames in enumerate(sampler.frames) if block}
-        groups = [_group(name, prompt, prompt.first_frame[None], videos[i], starts, version)
-                  for i, (name, prompt) in enumerate(zip(self._group_ids(plans, None), prompts))]  # fmt: skip
+        groups = [
+            _group(name, prompt, prompt.first_frame[None], videos[i], starts, version)
+            for i, (name, prompt) in enumerate(zip(self._group_ids(plans, None), prompts))
+        ]
         return groups, _replays(torch.cat(latents, 2), stream.control, actions)
 
     def _explore(self, stream: Stream, x: Tensor, v: Tensor, step: int, plans, members: Sequence[range]) -> Explored:
@@ -158,8 +161,9 @@ class GroupSampler:
         (s, s2), kernel = self.sampler.levels[step], self.settings.kernel
         subspace = self._subspace(stream, x, v, s)
         pair = 2 if self.settings.antithetic else 1
-        noise = subspace.noise([[plan.exploration(stream.block, step, g // pair) for g in own]
-                                for plan, own in zip(plans, members)])  # fmt: skip
+        noise = subspace.noise(
+            [[plan.exploration(stream.block, step, g // pair) for g in own] for plan, own in zip(plans, members)]
+        )
         if self.settings.antithetic:
             sign = torch.tensor([[1.0 - 2 * (g % 2) for g in own] for own in members], device=x.device)
             noise = noise * sign.view(*sign.shape, *[1] * (noise.ndim - 2))
@@ -173,8 +177,15 @@ class GroupSampler:
         frames = self.sampler.frames[stream.block]
         channels, h, w = self.policy.latent_shape
         cell, radius = (self.settings.cell, self.settings.radius) if self.settings.explore == "coarse" else (1, 0.0)
-        return cells_near(stream.drag.tracks[:, frames], stream.drag.visible[:, frames], (h, w),
-                          self.policy.codec.spatial_stride, cell, channels, radius)  # fmt: skip
+        return cells_near(
+            stream.drag.tracks[:, frames],
+            stream.drag.visible[:, frames],
+            (h, w),
+            self.policy.codec.spatial_stride,
+            cell,
+            channels,
+            radius,
+        )
 
     def _tangent(self, stream: Stream, x: Tensor, v: Tensor, s: float) -> Basis:
         """One pass of 2 f rows per state: the prediction with the drag moved by one pixel, per frame and axis."""
@@ -214,9 +225,21 @@ class Explored:
     def actions(self, x: Tensor, group_ids: Sequence[str], members: Sequence[range]) -> list[Action]:
         """One action per row; x [P, C, f, h, w] is the state before."""
         rows = [torch.tensor([i], device=x.device) for i in range(len(x))]
-        return [Action(name, tuple(own), self.block, self.step, self.s, self.s2, x[i], self.subspace.rows(i),
-                       self.coordinates[i], self.logp[i])
-                for name, own, i in zip(group_ids, members, rows)]  # fmt: skip
+        return [
+            Action(
+                name,
+                tuple(own),
+                self.block,
+                self.step,
+                self.s,
+                self.s2,
+                x[i],
+                self.subspace.rows(i),
+                self.coordinates[i],
+                self.logp[i],
+            )
+            for name, own, i in zip(group_ids, members, rows)
+        ]
 
 
 def _replays(history: Tensor, control: Tensor, actions: Sequence[Sequence[Action]]) -> list[Replay]:

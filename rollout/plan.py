@@ -1,4 +1,6 @@
-"""Which randomness a prompt gets in an iteration: a pure function of (run seed, iteration, prompt), known before any worker is."""
+"""Which randomness a prompt gets in an iteration: a pure function of (run seed, iteration, prompt), known before any
+worker is.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ SELECTS = ("trunk", "video", "frame", "all")
 class NoisePlan:
     """The noise of one prompt's group(s).
 
-    key: what every seed is derived from. members: G. selected: the stochastic (block, step) pairs; blocks count from 1, the given first
-    frame being block 0. Members of a group share everything here except `exploration`.
+    key: what every seed is derived from. members: G. selected: the stochastic (block, step) pairs; blocks count from
+    1, the given first frame being block 0. Members of a group share everything here except `exploration`.
     """
 
     key: tuple[object, ...]
@@ -45,8 +47,9 @@ def make_plan(
 ) -> NoisePlan:
     """Draws what is stochastic, once per group. The last step (s' = 0) is never selected.
 
-    trunk, frame: one step in every block. video: one (block, step) in the video. all: every step but the last (Flow-GRPO).
-    blocks: generated blocks; steps: denoising steps per block. Raises ValueError for fewer than two steps or members.
+    trunk, frame: one step in every block. video: one (block, step) in the video. all: every step but the last
+    (Flow-GRPO). blocks: generated blocks; steps: denoising steps per block. Raises ValueError for fewer than two
+    steps or members.
     """
     if steps < 2:
         raise ValueError("selective stochasticity needs at least two denoising steps: the last one is deterministic")

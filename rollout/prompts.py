@@ -33,8 +33,10 @@ class DragPrompt:
         height, width = self.first_frame.shape[:2]
         where = f"prompt {self.id!r}"
         if self.first_frame.dtype != np.uint8 or self.first_frame.shape != (height, width, 3):
-            raise PromptError(f"{where}: first_frame must be uint8 [H, W, 3], not {self.first_frame.dtype} "
-                              f"{list(self.first_frame.shape)}")  # fmt: skip
+            raise PromptError(
+                f"{where}: first_frame must be uint8 [H, W, 3], not {self.first_frame.dtype} "
+                f"{list(self.first_frame.shape)}"
+            )
         if self.tracks.ndim != 3 or self.tracks.shape[2] != 2 or not len(self.tracks) or not self.tracks.shape[1]:
             raise PromptError(f"{where}: tracks must be [T, N, 2] with T, N >= 1, not {list(self.tracks.shape)}")
         if self.visible.shape != self.tracks.shape[:2]:
@@ -46,8 +48,10 @@ class DragPrompt:
         if not (inside | ~self.visible).all():
             t, n = np.argwhere(~inside & self.visible)[0]
             x, y = self.tracks[t, n]
-            raise PromptError(f"{where}: track {n} leaves the {width}x{height} picture at frame {t} ({x:.1f}, {y:.1f}); "
-                              f"keep 0 <= x <= {width - 1} and 0 <= y <= {height - 1}, or mark it invisible there")  # fmt: skip
+            raise PromptError(
+                f"{where}: track {n} leaves the {width}x{height} picture at frame {t} ({x:.1f}, {y:.1f}); "
+                f"keep 0 <= x <= {width - 1} and 0 <= y <= {height - 1}, or mark it invisible there"
+            )
 
 
 class PromptSource(Protocol):

@@ -15,9 +15,9 @@ from rollout.prompts import DragPrompt
 class GroupRollout:
     """The videos of one group. Frames that the members share are stored once.
 
-    shared uint8 [T0, H, W, 3]: from the given first frame on; members uint8 [G, T1, H, W, 3]: each member's own frames, those that its noise
-    could change. starts: index in 0..T0+T1 of the first frame
-    of each block that has an own advantage. seed: of the group's exploration noise, for rewards that draw.
+    shared uint8 [T0, H, W, 3]: from the given first frame on; members uint8 [G, T1, H, W, 3]: each member's own
+    frames, those that its noise could change. starts: index in 0..T0+T1 of the first frame of each block that has an
+    own advantage. seed: of the group's exploration noise, for rewards that draw.
     """
 
     group_id: str
@@ -33,8 +33,9 @@ class GroupRollout:
 class Action:
     """A selected transition at one state, taken by the members that share this state. All tensors fp32.
 
-    x [1, C, f, h, w]: the state x_s; coordinates [1, M, ...]: what the M members sampled in the subspace; logp [1, M]: the log-prob that the
-    rollout computed. members: which members of the group `group_id` these are; block: whose advantage is theirs.
+    x [1, C, f, h, w]: the state x_s; coordinates [1, M, ...]: what the M members sampled in the subspace; logp [1,
+    M]: the log-prob that the rollout computed. members: which members of the group `group_id` these are; block: whose
+    advantage is theirs.
     """
 
     group_id: str
@@ -53,7 +54,8 @@ class Action:
 class Replay:
     """All actions that were taken along one history, so that ONE packed pass re-evaluates them.
 
-    history [1, C, K, h, w]: clean latents of the blocks before the last action; control [1, Cc, F, h, w]: of the whole video.
+    history [1, C, K, h, w]: clean latents of the blocks before the last action; control [1, Cc, F, h, w]: of the
+    whole video.
     """
 
     history: Tensor
@@ -68,7 +70,9 @@ class Replay:
 
 @dataclass(frozen=True)
 class Films:
-    """Whole videos uint8 [P, T, H, W, 3] of P prompts, and the true ones where they are known (same shape, else None)."""
+    """Whole videos uint8 [P, T, H, W, 3] of P prompts, and the true ones where they are known (same shape, else
+    None).
+    """
 
     prompts: tuple[DragPrompt, ...]
     videos: np.ndarray

@@ -41,8 +41,10 @@ class ReplayBatch:
         clean = torch.cat((history, control[:, :, : history.shape[2]]), 1)
         states = torch.cat([torch.cat([a.x for a in actions]) for actions in self.actions], 2)
         noisy = torch.cat((states, control[:, :, [f for frames in at for f in frames]]), 1)
-        t = torch.tensor([[a.s * 1000 for a, frames in zip(r.actions, at) for _ in frames] for r in self.replays],
-                         device=history.device)  # fmt: skip
+        t = torch.tensor(
+            [[a.s * 1000 for a, frames in zip(r.actions, at) for _ in frames] for r in self.replays],
+            device=history.device,
+        )
         v = forward(clean, noisy, t, policy.text(len(self.replays)), policy.sizes, blocks)
         return list(v.float().split([len(frames) for frames in at], 2))
 
@@ -50,8 +52,10 @@ class ReplayBatch:
         """Log-probs of what was sampled, list over actions of [R, M]; the members of an action share one velocity."""
         scored = []
         for actions, v in zip(self.actions, velocity):
-            rows = [transition(kernel, a.subspace, a.x, v[r : r + 1], a.s, a.s2, coordinates=a.coordinates)[1]
-                    for r, a in enumerate(actions)]  # fmt: skip
+            rows = [
+                transition(kernel, a.subspace, a.x, v[r : r + 1], a.s, a.s2, coordinates=a.coordinates)[1]
+                for r, a in enumerate(actions)
+            ]
             scored.append(torch.cat(rows))
         return scored
 

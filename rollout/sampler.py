@@ -1,7 +1,10 @@
-"""Streaming generation of a batch of prompts: the process that is deployed, and therefore the process that is trained."""
+"""Streaming generation of a batch of prompts: the process that is deployed, and therefore the process that is
+trained.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,15 +30,19 @@ def collate(prompts: Sequence[DragPrompt]) -> Drag:
         return torch.from_numpy(np.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)))
 
     first = torch.from_numpy(np.stack([p.first_frame for p in prompts])[:, None])
-    return Drag(from_pixels(first)[:, :, 0], torch.stack([pad(p.tracks) for p in prompts]).float(),
-                torch.stack([pad(p.visible) for p in prompts]))  # fmt: skip
+    return Drag(
+        from_pixels(first)[:, :, 0],
+        torch.stack([pad(p.tracks) for p in prompts]).float(),
+        torch.stack([pad(p.visible) for p in prompts]),
+    )
 
 
 @dataclass(frozen=True)
 class Stream:
     """A batch of videos in the making; never changed, so a stream can be forked by `rows`.
 
-    control [B, Cc, F, h, w]; cache: keys and values of the finished frames; codec_state: of the frames decoded so far; block: the next one.
+    control [B, Cc, F, h, w]; cache: keys and values of the finished frames; codec_state: of the frames decoded so
+    far; block: the next one.
     """
 
     drag: Drag
@@ -58,7 +65,7 @@ class Sampler:
     def __init__(self, policy: DragPolicy, renoise: bool = False) -> None:
         self.policy, self.renoise = policy, renoise
         starts = np.cumsum((0, *policy.sizes))
-        self.frames = [slice(int(a), int(b)) for a, b in zip(starts, starts[1:])]
+        self.frames = [slice(int(a), int(b)) for a, b in itertools.pairwise(starts)]
         self.levels = list(zip(policy.sigmas, policy.sigmas[1:]))
 
     def begin(self, prompts: Sequence[DragPrompt]) -> tuple[Stream, Tensor]:

@@ -30,14 +30,18 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Scene:
-    """background float32 [H, W, 3] in 0..1; sprites that stand still, then the dragged ones, each in front of those before it."""
+    """background float32 [H, W, 3] in 0..1; sprites that stand still, then the dragged ones, each in front of those
+    before it.
+    """
 
     background: np.ndarray
     still: tuple[Sprite, ...]
     dragged: tuple[Sprite, ...]
 
     def tracks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Centres of the dragged sprites, float32 [T, N, 2], and where they are not covered by another one, bool [T, N]."""
+        """Centres of the dragged sprites, float32 [T, N, 2], and where they are not covered by another one, bool [T,
+        N].
+        """
         tracks = np.stack([s.path for s in self.dragged], 1)
         visible = np.ones(tracks.shape[:2], bool)
         for n in range(len(self.dragged)):
@@ -53,8 +57,15 @@ class SpriteWorld:
     distractors: share of videos with one more sprite that stands still; two_drags: share with a second dragged sprite.
     """
 
-    def __init__(self, size: int = 64, frames: int = 13, speed: float = 2.2, distractors: float = 0.5,
-                 two_drags: float = 0.3, seed: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        size: int = 64,
+        frames: int = 13,
+        speed: float = 2.2,
+        distractors: float = 0.5,
+        two_drags: float = 0.3,
+        seed: int = 0,
+    ) -> None:
         self.size, self.frames, self.speed, self.seed = size, frames, speed, seed
         self.distractors, self.two_drags = distractors, two_drags
         self._grid = np.stack(np.meshgrid(np.arange(size), np.arange(size)), -1).astype(np.float32)
@@ -89,8 +100,15 @@ class SpriteWorld:
             path = self._path(rng, moving=i < dragged, others=[s.path for s in sprites])
             colour = max((rng.uniform(0.05, 0.95, 3) for _ in range(3)), key=lambda c: np.linalg.norm(c - ground))
             texture = np.clip(colour + rng.uniform(-0.4, 0.4, (5, 5, 3)), 0, 1)
-            sprites.append(Sprite(SHAPES[rng.integers(len(SHAPES))], self.size * rng.uniform(0.13, 0.18),
-                                  rng.uniform(0, 2 * np.pi), texture.astype(np.float32), path))  # fmt: skip
+            sprites.append(
+                Sprite(
+                    SHAPES[rng.integers(len(SHAPES))],
+                    self.size * rng.uniform(0.13, 0.18),
+                    rng.uniform(0, 2 * np.pi),
+                    texture.astype(np.float32),
+                    path,
+                )
+            )
         return Scene(background.clip(0, 1).astype(np.float32), tuple(sprites[dragged:]), tuple(sprites[:dragged]))
 
     def _texture(self, rng: np.random.Generator, cells: int, amplitude: float) -> np.ndarray:
@@ -98,14 +116,20 @@ class SpriteWorld:
         return cv2.resize(noise, (self.size, self.size), interpolation=cv2.INTER_CUBIC)
 
     def _path(self, rng: np.random.Generator, moving: bool, others: list[np.ndarray]) -> np.ndarray:
-        """A stretch of a cubic Bezier curve, resampled to constant speed; starts apart from the sprites already placed."""
+        """A stretch of a cubic Bezier curve, resampled to constant speed; starts apart from the sprites already
+        placed.
+        """
         low, high = 0.22 * self.size, 0.78 * self.size
         best, best_gap = None, -1.0
         for _ in range(8):
             control = rng.uniform(low, high, (4, 2))
             u = np.linspace(0, 1, 65)[:, None]
-            curve = ((1 - u) ** 3 * control[0] + 3 * (1 - u) ** 2 * u * control[1]
-                     + 3 * (1 - u) * u**2 * control[2] + u**3 * control[3])  # fmt: skip
+            curve = (
+                (1 - u) ** 3 * control[0]
+                + 3 * (1 - u) ** 2 * u * control[1]
+                + 3 * (1 - u) * u**2 * control[2]
+                + u**3 * control[3]
+            )
             length = np.concatenate(([0], np.linalg.norm(np.diff(curve, axis=0), axis=1).cumsum()))
             wanted = min(length[-1], rng.uniform(0.6, 1.4) * self.speed * (self.frames - 1)) if moving else 0.0
             at = np.linspace(0, wanted, self.frames)

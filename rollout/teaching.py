@@ -27,12 +27,13 @@ def frame_batches(world: SpriteWorld, batch: int, per_video: int, seed: int) -> 
         yield from_pixels(torch.from_numpy(np.stack(frames)[:, None]))
 
 
-def example_batches(policy: DragPolicy, world: SpriteWorld, batch: int, pool: int, fresh: int, lag: tuple[float, float],
-                    seed: int) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+def example_batches(
+    policy: DragPolicy, world: SpriteWorld, batch: int, pool: int, fresh: int, lag: tuple[float, float], seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of (latents [batch, C, F, h, w], control [batch, Cc, F, h, w]) drawn from a pool of encoded videos.
 
-    The pool starts with `pool / 8` videos, takes up `fresh` new ones a batch, and drops its oldest beyond `pool`. lag: the range, in
-    frames, by which sprites follow behind the drag; drawn per video.
+    The pool starts with `pool / 8` videos, takes up `fresh` new ones a batch, and drops its oldest beyond `pool`.
+    lag: the range, in frames, by which sprites follow behind the drag; drawn per video.
     """
     rng, stored, index = numpy_generator(seed, "examples"), [], 0
     while True:

@@ -16,8 +16,14 @@ from rollout.records import Films, GroupRollout, Replay
 class RolloutWorker:
     """policy_path, weights: of `load_policy`. source: makes the prompt source in the worker's own process."""
 
-    def __init__(self, policy_path: str, weights: str | None, settings: RolloutSettings, source: Callable[[], PromptSource],
-                 seed: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        policy_path: str,
+        weights: str | None,
+        settings: RolloutSettings,
+        source: Callable[[], PromptSource],
+        seed: int,
+    ) -> None:
         self.policy = load_policy(policy_path, weights)
         self.policy.net.requires_grad_(False)
         self.groups = GroupSampler(self.policy, settings)
@@ -30,8 +36,10 @@ class RolloutWorker:
             raise ValueError(f"asked for weights {version}, but this rollout worker holds {self.version}")
         prompts = [self.source.prompt("train", i) for i in indices]
         sizes, steps = self.policy.sizes, len(self.policy.sigmas) - 1
-        plans = [make_plan(self.seed, iteration, p.id, self.settings.select, self.settings.group_size, len(sizes) - 1, steps)
-                 for p in prompts]  # fmt: skip
+        plans = [
+            make_plan(self.seed, iteration, p.id, self.settings.select, self.settings.group_size, len(sizes) - 1, steps)
+            for p in prompts
+        ]
         return self.groups.rollout(prompts, plans, version)
 
     def generate(self, split: str, indices: Sequence[int], noise_seed: int) -> Films:
