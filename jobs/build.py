@@ -8,7 +8,7 @@ from functools import partial
 
 from jobs.cli import ConfigError
 from jobs.config import RoleConfig, TrainConfig
-from jobs.plugins import make_source, make_terms
+from jobs.plugins import make_source, make_terms, read_terms
 from policy.policy import PolicySettings, read_settings
 from policy.transition import KERNELS, Kernel
 from rl.advantage import TermWeight
@@ -26,7 +26,7 @@ def validate(c: TrainConfig) -> PolicySettings:
     """Checks what no single key can: raises ConfigError naming the keys, before anything is started."""
     r, l = c.rollout, c.learner
     settings = read_settings(c.policy.path)
-    blocks = len(settings.sizes) - 1
+    blocks, terms = len(settings.sizes) - 1, read_terms(c.rewards)
     rules = [
         (r.select in SELECTS, f"rollout.select={r.select} is none of {', '.join(SELECTS)}"),
         (r.explore in EXPLORES, f"rollout.explore={r.explore} is none of {', '.join(EXPLORES)}"),
@@ -58,7 +58,7 @@ def validate(c: TrainConfig) -> PolicySettings:
         ),
         (0 <= l.ema < 1, f"learner.ema={l.ema} must lie in [0, 1)"),
         (
-            any(t.role == "train" for t in c.rewards.values()),
+            any(t.role == "train" for t in terms.values()),
             "rewards: no term has role: train, nothing would be learnt",
         ),
         (c.prompts.kind in ("sprites", "folder"), f"prompts.kind={c.prompts.kind} must be sprites or folder"),
@@ -78,7 +78,7 @@ def validate(c: TrainConfig) -> PolicySettings:
 
 
 def term_weights(c: TrainConfig) -> dict[str, TermWeight]:
-    return {name: TermWeight(t.weight, t.floor) for name, t in c.rewards.items() if t.role == "train"}
+    return {name: TermWeight(t.weight, t.floor) for name, t in read_terms(c.rewards).items() if t.role == "train"}
 
 
 def make_kernel(c: TrainConfig) -> Kernel:

@@ -17,6 +17,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rl.fleet import FleetError
+
 log = logging.getLogger("dragline")
 ROOT = Path(__file__).resolve().parents[1]
 OmegaConf.register_new_resolver("repo", lambda path: str(ROOT / path), replace=True)
@@ -30,7 +32,7 @@ def job(name: str, schema: type) -> Callable[[Callable[[Any], None]], Callable[[
     """Decorates `main(config: schema)` into a command that reads conf/<name>.yaml; unknown keys and wrong types are
     errors.
 
-    ValueError (the base of all errors that a user can mend) and OSError become one line and exit status 1.
+    ValueError (the base of all errors that a user can mend), OSError and FleetError become one line and exit status 1.
     """
     ConfigStore.instance().store(name=schema.__name__, node=schema)
 
@@ -41,7 +43,7 @@ def job(name: str, schema: type) -> Callable[[Callable[[Any], None]], Callable[[
             cv2.setNumThreads(1)
             try:
                 main(OmegaConf.to_object(config))
-            except (ValueError, OSError, OmegaConfBaseException) as error:
+            except (ValueError, OSError, FleetError, OmegaConfBaseException) as error:
                 log.debug("the error in full", exc_info=True)
                 print(f"error: {str(error).strip()}", file=sys.stderr)
                 sys.exit(1)

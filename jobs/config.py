@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from omegaconf import MISSING
+
 
 @dataclass
 class PolicyConfig:
@@ -42,7 +44,7 @@ class TermConfig:
     "file.py:function").
     """
 
-    fn: Any
+    fn: Any = MISSING
     weight: float = 1.0
     floor: float = 0.05
     role: str = "train"
@@ -119,7 +121,7 @@ class TrainConfig:
     policy: PolicyConfig
     prompts: PromptsConfig
     rollout: RolloutConfig
-    rewards: dict[str, TermConfig]
+    rewards: dict[str, Any]  # of TermConfig; plain, so that `+rewards.mine.fn=...` can add one
     learner: LearnerConfig
     cluster: ClusterConfig
     tracking: TrackingConfig

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from rewards.contract import resolve
+from jobs.config import TermConfig
+from rewards.contract import RewardError, resolve
 from rewards.terms import Term
 from rollout.folder import FolderPrompts
 from rollout.prompts import PromptSource
@@ -20,9 +24,20 @@ def make_source(kind: str, path: str | None, world_seed: int, size: int, frames:
     return SpriteWorld(size, frames, seed=world_seed)
 
 
-def make_terms(specs: dict[str, Any]) -> list[Term]:
-    """fn is {_target_: class, ...} or the name of a function, "module:function" or "file.py:function"."""
+def make_terms(specs: Mapping[str, Mapping[str, Any]]) -> list[Term]:
+    """The reward terms of the configuration; see `read_terms`."""
     return [
         Term(name, resolve(t.fn) if isinstance(t.fn, str) else instantiate(t.fn), t.weight, t.role, t.floor)
-        for name, t in specs.items()
+        for name, t in read_terms(specs).items()
     ]
+
+
+def read_terms(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, TermConfig]:
+    """Checks every entry against TermConfig; RewardError naming the key that is unknown or wrong."""
+    terms = {}
+    for name, spec in specs.items():
+        try:
+            terms[name] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TermConfig), spec))
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            raise RewardError(f"rewards.{name}: {str(error).splitlines()[0]}") from error
+    return terms

@@ -22,22 +22,19 @@ from jobs.build import (
 )
 from jobs.cli import ConfigError, job
 from jobs.config import TrainConfig
+from jobs.plugins import make_source
 from rl import checkpoint
 from rl.fleet import closing
 from rl.loop import Fleets
-from rl.run import HeldOut, run
+from rl.run import HeldOut, Output, run
 from rl.run_folder import RunFolder
 from rl.tracking import Tracking
 
 
 @job("train", TrainConfig)
 def main(config: TrainConfig) -> None:
-    settings = validate(config)
-    folder = (
-        RunFolder.open(Path(config.run_dir).resolve())
-        if config.run_dir
-        else RunFolder.create(Path("outputs").resolve(), "train")
-    )
+    settings, c = validate(config), config.prompts
+    folder = RunFolder.at(config.run_dir, "train")
     resume, warnings = checkpoint.resolve(config.resume, folder.checkpoints)
     for warning in warnings:
         print(f"warning: {warning}")
@@ -48,32 +45,18 @@ def main(config: TrainConfig) -> None:
     run_id = json.loads((resume / "manifest.json").read_text()).get("mlflow_run_id") if resume else None
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))
     folder.write_config(OmegaConf.to_yaml(values))
-    e, t = config.evaluate, config.tracking
-    heldout = HeldOut(e.prompts, e.seed, e.batch, e.strips)
-    with Tracking.open(
-        t.uri,
-        t.experiment,
-        run_id,
-        params=values,
-        tags={"job": "train"},
-        required=t.required,
-        spool=folder.path / "tracking",
-    ) as tracking:
-        with (
-            session(config),
-            closing(make_rollout_fleet(config, settings), make_reward_fleet(config), make_learner(config)) as parts,
-        ):
-            summary = run(
-                Fleets(*parts),
-                term_weights(config),
-                loop_settings(config),
-                heldout,
-                folder,
-                tracking,
-                resume,
-                config.train.keep_checkpoints,
-                config.fps,
-            )
+    e, t, spool = config.evaluate, config.tracking, folder.path / "tracking"
+    with (
+        Tracking.open(t.uri, t.experiment, run_id, params=values, tags={"job": "train"}, required=t.required,
+                      spool=spool) as tracking,
+        session(config),
+        closing(make_rollout_fleet(config, settings), make_reward_fleet(config), make_learner(config)) as parts,
+    ):  # fmt: skip
+        first = make_source(c.kind, c.path, c.world_seed, settings.size, settings.frames).prompt("train", 0)
+        parts[1].broadcast("dry_run", first)
+        output = Output(folder, tracking, config.train.keep_checkpoints, config.fps)
+        heldout = HeldOut(e.prompts, e.seed, e.batch, e.strips)
+        summary = run(Fleets(*parts), term_weights(config), loop_settings(config), heldout, output, resume)
     print_result(folder.path, summary)
 
 

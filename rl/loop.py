@@ -133,8 +133,12 @@ def collect(scoring: Sequence[Task], settings: LoopSettings) -> tuple[list[Group
             scores.extend(fetch(task.values[0]))
         else:
             lost.append(task.fault.text)
+    unscored = [text for group in scores for text in group.faults.values()]
+    terms = len(scores[0].frames) * len(scores) if scores else 0
     if len(lost) > settings.fault_share * len(scoring):
         raise FleetError(f"{len(lost)} of {len(scoring)} chunks could not be scored: {lost[0]}")
+    if len(unscored) > settings.fault_share * terms:
+        raise FleetError(f"{len(unscored)} of {terms} reward terms failed in this iteration: {unscored[0]}")
     return sorted(scores, key=lambda s: s.group_id), len(lost)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rewards.contract import RewardBatch
+from rewards.contract import RewardBatch, RewardError
 from rewards.terms import Term, score
 from rl.evaluation import measure
 from rollout.prompts import DragPrompt
@@ -41,6 +41,17 @@ class RewardWorker:
 
     def __init__(self, terms: Callable[[], Sequence[Term]], fps: float) -> None:
         self.terms, self.fps = terms(), fps
+
+    def dry_run(self, prompt: DragPrompt) -> None:
+        """Every term on two still clips of the prompt; RewardError naming the term that raises or answers wrongly."""
+        video = np.broadcast_to(prompt.first_frame, (2, len(prompt.tracks), *prompt.first_frame.shape)).copy()
+        scored = np.ones(video.shape[:2], bool)
+        scored[:, 0] = False
+        batch = reward_batch([prompt] * 2, video, scored, ["a", "b"], ["dry run"] * 2, [0, 0], self.fps, 0, "train")
+        for name, text in score(self.terms, batch).system_faults.items():
+            raise RewardError(
+                f"rewards.{name} failed on a still clip: {text}; mend it or leave it out with ~rewards.{name}"
+            )
 
     def score(self, groups: Sequence[GroupRollout], step: int) -> list[GroupScores]:
         """Scores the groups, those of one clip length and number of points together."""

@@ -55,21 +55,29 @@ def measure(rollout: Fleet, reward: Fleet, heldout: HeldOut) -> tuple[dict[str, 
     return stack([found[i] for i in sorted(found)]), shown
 
 
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes. keep: checkpoints that stay. fps: of its videos."""
+
+    folder: RunFolder
+    tracking: Tracking
+    keep: int
+    fps: float
+
+
 def run(
     fleets: Fleets,
     terms: dict[str, TermWeight],
     settings: LoopSettings,
     heldout: HeldOut,
-    folder: RunFolder,
-    tracking: Tracking,
+    output: Output,
     resume: Path | None,
-    keep: int,
-    fps: float,
 ) -> dict[str, Any]:
     """Measures the base, trains, measures the tuned policy, writes report.html and summary.json; returns the
     summary.
     """
     started, clock = time.perf_counter(), Clock()
+    folder, tracking = output.folder, output.tracking
     with clock("evaluate"):
         base, base_films = measure(fleets.rollout, fleets.reward, heldout)
     start = 0
@@ -90,7 +98,7 @@ def run(
             manifest = {"mlflow_run_id": tracking.run_id, "seed": settings.seed}
             write: Callable[[Path], Any] = lambda path: fleets.learner.broadcast("save", str(path))  # noqa: E731
             checkpoint.save(folder.checkpoints, step, write, manifest)
-            checkpoint.prune(folder.checkpoints, keep)
+            checkpoint.prune(folder.checkpoints, output.keep)
 
         seconds = train(fleets, terms, settings, start, log, save).seconds
 
@@ -108,7 +116,7 @@ def run(
         },
         settings.iterations,
     )
-    show(folder, tracking, summary, base_films, tuned_films, heldout.strips, fps, settings.iterations)
+    show(output, summary, base_films, tuned_films, heldout.strips, settings.iterations)
     folder.write_summary(summary)
     tracking.artifact(folder.summary)
     return summary
@@ -137,18 +145,16 @@ def summarise(
     }
 
 
-def show(
-    folder: RunFolder, tracking: Tracking, summary: dict, base: Films, tuned: Films, strips: int, fps: float, step: int
-) -> None:
+def show(output: Output, summary: dict, base: Films, tuned: Films, strips: int, step: int) -> None:
     """Strips and videos of truth, base and tuned, into the folder, the report and MLflow."""
-    pictures, videos = {}, {}
+    folder, tracking, pictures, videos = output.folder, output.tracking, {}, {}
     for i, prompt in enumerate(base.prompts[:strips]):
         rows = [("base", base.videos[i]), ("tuned", tuned.videos[i])]
         if base.truths is not None:
             rows.insert(0, ("truth", base.truths[i]))
         name = prompt.id.replace("/", "_")
         pictures[prompt.id] = filmstrip(rows, prompt.tracks)
-        videos[prompt.id] = write_mp4(folder.videos / f"{name}.mp4", side_by_side([v for _, v in rows]), fps)
+        videos[prompt.id] = write_mp4(folder.videos / f"{name}.mp4", side_by_side([v for _, v in rows]), output.fps)
         tracking.log_strip(f"eval/{name}", pictures[prompt.id], step)
         tracking.log_video(f"eval/{name}", videos[prompt.id], step)
     write_report(folder.path, summary, folder.history(), pictures, videos)
