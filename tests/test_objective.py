@@ -1,0 +1,68 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny import difference, noise
+from torch.distributions import Normal, kl_divergence
+
+from policy.explore import tangent_basis
+from policy.transition import KERNELS, Kernel, shifted_schedule, transition
+from rl.objective import clipped_ratio_loss, gradient_scale, velocity_divergence
+
+STEPS = list(pairwise(shifted_schedule(4, 3.0)))[:-1]
+
+
+def test_before_an_update_the_gradient_is_minus_the_advantage():
+    old, advantage = noise(2, 5), noise(2, 5, seed=1)
+    logp = old.clone().requires_grad_()
+    loss, ratio = clipped_ratio_loss(logp, old, advantage, clip=0.1)
+    assert torch.equal(ratio, torch.ones(2, 5)) and difference(loss, -advantage) < 1e-6
+    assert difference(torch.autograd.grad(loss.sum(), logp)[0], -advantage) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "learns"),
+    [
+        (1.05, 1.0, -1.05, True),
+        (1.30, 1.0, -1.10, False),  # good and likelier by enough
+        (1.30, -1.0, 1.30, True),  # bad and likelier: pushed back
+        (0.70, 1.0, -0.70, True),
+        (0.70, -1.0, 0.90, False),
+        (1.30, 0.0, 0.0, False),
+    ],
+)
+def test_the_ratio_is_clipped_where_it_has_gone_far_enough(ratio, advantage, loss, learns):
+    logp = torch.tensor([math.log(ratio)], requires_grad=True)
+    value, got = clipped_ratio_loss(logp, torch.zeros(1), torch.tensor([advantage]), clip=0.1)
+    assert got.item() == pytest.approx(ratio) and value.item() == pytest.approx(loss, abs=1e-6)
+    assert bool(torch.autograd.grad(value.sum(), logp)[0].abs() > 1e-3) == learns
+
+
+def test_the_divergence_is_the_kl_of_unit_gaussians_around_the_velocities():
+    v, reference = noise(3, 4, 2, 5, 5), noise(3, 4, 2, 5, 5, seed=1)
+    kl = kl_divergence(Normal(v, 1.0), Normal(reference, 1.0))
+    assert difference(velocity_divergence(v, reference), kl.flatten(1).mean(1)) < 1e-5
+    assert not velocity_divergence(v, v).any() and (velocity_divergence(v, reference) > 0.1).all()
+
+
+def score_lengths(kernel, z):
+    """Length of d log p / d v at the same noise z [1, 1, 4] in four directions, per step of the schedule."""
+    x, v = noise(1, 3, 2, 4, 4), noise(1, 3, 2, 4, 4, seed=1)
+    subspace = tangent_basis(v, noise(1, 4, 3, 2, 4, 4, seed=2))
+    for s, s2 in STEPS:
+        at = v.clone().requires_grad_()
+        coordinates, _ = transition(kernel, subspace, x, v, s, s2, noise=z)
+        _, logp = transition(kernel, subspace, x, at, s, s2, coordinates=coordinates)
+        yield s, s2, torch.autograd.grad(logp.sum(), at)[0].norm().item()
+
+
+@pytest.mark.parametrize("amplitude", [1.0, 4.0])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_scale_makes_the_gradients_of_all_steps_equally_long(name, amplitude):
+    kernel, z = Kernel(name, 0.5, amplitude), noise(1, 1, 4, seed=3)
+    lengths = list(score_lengths(kernel, z))
+    for s, s2, length in lengths:
+        assert length * gradient_scale(kernel, s, s2) == pytest.approx(z.norm().item() / 4, rel=1e-3)
+    plain = [length for _, _, length in lengths]
+    assert max(plain) / min(plain) > 1.15
