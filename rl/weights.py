@@ -25,7 +25,7 @@ class Weights:
 
 
 def pack(state: Mapping[str, Tensor], version: int) -> Weights:
-    arrays = {name: tensor.detach().cpu().contiguous().numpy().copy() for name, tensor in state.items()}
+    arrays = {name: tensor.detach().float().cpu().contiguous().numpy().copy() for name, tensor in state.items()}
     return Weights(version, digest(arrays), arrays)
 
 
