@@ -71,12 +71,15 @@ class Kernel:
         drift = v + 0.5 * self.eta**2 * noise / s
         return x + drift * step, self.eta * math.sqrt(-step)
 
+    def inside(self, x: Tensor, v: Tensor, s: float, s2: float) -> tuple[Tensor, float]:
+        """Mean (like x) and std as the exploration subspace sees them."""
+        mean, std = self.moments(x, v, s, s2)
+        return (mean, std) if self.amplitude == 1 else (ode_step(x, v, s, s2), std * self.amplitude)
+
     def law(self, x: Tensor, v: Tensor, s: float, s2: float, subspace: Subspace) -> tuple[Tensor, float]:
         """Mean and std of the transition that is stochastic inside the subspace alone and the ODE step outside it."""
+        mean, std = self.inside(x, v, s, s2)
         ode = ode_step(x, v, s, s2)
-        mean, std = self.moments(x, v, s, s2)
-        if self.amplitude != 1:
-            return ode, std * self.amplitude
         return ode + subspace.lift(subspace.project(mean - ode)), std
 
 

@@ -4,8 +4,6 @@ reference.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -34,10 +32,7 @@ def velocity_divergence(v: Tensor, reference: Tensor) -> Tensor:
 def gradient_scale(kernel: Kernel, s: float, s2: float) -> float:
     """The weight std / |d mean / d v| that makes every step's log-prob gradient equally long.
 
-    Where the mean is the ODE step, d mean / d v = s' - s (cf. Flash-GRPO, arXiv 2605.15980; LongCat-Video, arXiv
-    2510.22200, eq. 22).
+    Cf. Flash-GRPO, arXiv 2605.15980; LongCat-Video, arXiv 2510.22200, eq. 22.
     """
-    probe = torch.zeros(1), torch.ones(1)
-    mean, std = kernel.moments(torch.zeros(1), probe[1], s, s2)
-    slope = (s2 - s) if kernel.amplitude != 1 else mean.item()
-    return kernel.amplitude * std / max(abs(slope), math.ulp(1.0))
+    slope, std = kernel.inside(torch.zeros(1), torch.ones(1), s, s2)
+    return std / abs(slope.item())

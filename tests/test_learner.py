@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,12 +17,26 @@ from rl.weights import install
 from rollout.group import GroupSampler, RolloutSettings
 
 KERNEL = Kernel("cps", 0.5, 4.0)
-DEFAULTS = dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0, grad_clip=1.0, beta=3.0, clip=0.2, ema=0.5, equalise_steps=True,
-                micro_batch=4, updates_per_rollout=1, zero_stage=0, bf16=False, ratio_tolerance=1e-5)  # fmt: skip
+DEFAULTS = LearnerSettings(
+    lr=1e-3,
+    betas=(0.9, 0.99),
+    eps=1e-6,
+    weight_decay=0.0,
+    grad_clip=1.0,
+    beta=3.0,
+    clip=0.2,
+    ema=0.5,
+    equalise_steps=True,
+    micro_batch=4,
+    updates_per_rollout=1,
+    zero_stage=0,
+    bf16=False,
+    ratio_tolerance=1e-5,
+)
 
 
 def settings(**changed) -> LearnerSettings:
-    return LearnerSettings(**{**DEFAULTS, **changed})
+    return replace(DEFAULTS, **changed)
 
 
 @pytest.fixture(scope="module")
