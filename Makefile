@@ -4,7 +4,7 @@ export OMP_NUM_THREADS ?= 1
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup train test test-fast lint format bench ui
+.PHONY: setup train test test-fast lint format bench results ui
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -32,6 +32,9 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+results: setup
+	$(BIN)/python -m benchmarks.seeds
 
 ui: setup
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
