@@ -1,4 +1,4 @@
-"""Make the tiny policy from nothing: the codec, then the policy on true drags, then a short stage on late ones.
+"""Make the tiny policy from nothing: the codec, the policy on true drags, then a short stage on drags that overshoot.
 
 python -m jobs.pretrain out=outputs/base
 """
@@ -9,13 +9,14 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from jobs.cli import job
 from policy.codec import ConvCodec, from_pixels
-from policy.policy import DragPolicy, PolicySettings, build_transformer, read_weights
-from policy.pretrain import fit_codec, fit_policy, psnr
+from policy.policy import DragPolicy, PolicySettings, build_transformer, load_policy
+from policy.pretrain import Report, fit_codec, fit_policy, psnr
 from policy.transition import shifted_schedule
 from rollout.seeds import seed_of
 from rollout.sprites import SpriteWorld
@@ -31,7 +32,6 @@ class CodecConfig:
     jitter: float
     batch: int
     per_video: int
-    path: str | None
 
 
 @dataclass
@@ -47,7 +47,7 @@ class StageConfig:
     steps: int
     lr: float
     muon_lr: float
-    lag: list[float]
+    follow: list[float]
 
 
 @dataclass
@@ -63,6 +63,7 @@ class TeachingConfig:
 @dataclass
 class PretrainConfig:
     seed: int
+    init: str | None
     out: str
     size: int
     frames: int
@@ -83,27 +84,11 @@ def main(config: PretrainConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     record = (out / "pretrain.jsonl").open("w")
     world = SpriteWorld(config.size, config.frames)
-    codec = make_codec(config, world, record)
-    settings = PolicySettings(
-        config.size,
-        config.frames,
-        config.block,
-        shifted_schedule(config.denoising_steps, config.shift),
-        None,
-        0,
-        config.drag_window,
-        config.drag_sigma,
-        config.codec.channels,
-        config.codec.width,
-    )
-    torch.manual_seed(seed_of(config.seed, "policy"))
-    t, control_channels = config.transformer, config.codec.channels + 2
-    transformer = build_transformer(config.codec.channels, control_channels, t.heads, t.head_dim, t.layers, t.ffn)
-    policy = DragPolicy(settings, transformer, codec)
+    policy = load_policy(config.init) if config.init else make_policy(config, make_codec(config, world, record))
     taught = config.teaching
     for name, stage in config.stages.items():
         batches = example_batches(
-            policy, world, taught.batch, taught.pool, taught.fresh, tuple(stage.lag), seed_of(config.seed, name)
+            policy, world, taught.batch, taught.pool, taught.fresh, tuple(stage.follow), seed_of(config.seed, name)
         )
         fit_policy(
             policy,
@@ -122,30 +107,39 @@ def main(config: PretrainConfig) -> None:
     print(f"wrote {out}; measure it with: python -m jobs.evaluate policy.path={out}")
 
 
-def make_codec(config: PretrainConfig, world: SpriteWorld, record) -> ConvCodec:
-    c = config.codec
+def make_policy(config: PretrainConfig, codec: ConvCodec) -> DragPolicy:
+    settings = PolicySettings(
+        size=config.size,
+        frames=config.frames,
+        block=config.block,
+        sigmas=shifted_schedule(config.denoising_steps, config.shift),
+        window=None,
+        sink=0,
+        drag_window=config.drag_window,
+        drag_sigma=config.drag_sigma,
+        codec_channels=config.codec.channels,
+        codec_width=config.codec.width,
+    )
+    torch.manual_seed(seed_of(config.seed, "policy"))
+    t, channels = config.transformer, config.codec.channels
+    return DragPolicy(settings, build_transformer(channels, channels + 2, t.heads, t.head_dim, t.layers, t.ffn), codec)
+
+
+def make_codec(config: PretrainConfig, world: SpriteWorld, record: TextIO) -> ConvCodec:
+    c, report = config.codec, reporter(record, "codec")
     torch.manual_seed(seed_of(config.seed, "codec"))
     codec = ConvCodec(c.channels, c.width)
-    if c.path is not None:
-        codec.load_state_dict(read_weights(c.path))
-        return codec.eval()
-    fit_codec(
-        codec,
-        frame_batches(world, c.batch, c.per_video, config.seed),
-        c.steps,
-        c.lr,
-        c.jitter,
-        reporter(record, "codec"),
-        seed_of(config.seed, "jitter"),
-    )
+    frames = frame_batches(world, c.batch, c.per_video, config.seed)
+    fit_codec(codec, frames, c.steps, c.lr, c.jitter, report, seed_of(config.seed, "jitter"))
+    truths = [world.truth(world.prompt("heldout", i)) for i in range(64)]
+    video = torch.stack([from_pixels(torch.from_numpy(truth)) for truth in truths])
     with torch.no_grad():
-        video = torch.stack([from_pixels(torch.from_numpy(world.truth(world.prompt("heldout", i)))) for i in range(64)])
         decoded, _ = codec.decode(codec.encode(video))
-    reporter(record, "codec")(c.steps, {"heldout_psnr": psnr(decoded, video)})
+    report(c.steps, {"heldout_psnr": psnr(decoded, video)})
     return codec
 
 
-def reporter(record, stage: str):
+def reporter(record: TextIO, stage: str) -> Report:
     """Prints a line and keeps it in pretrain.jsonl."""
 
     def report(step: int, values: dict[str, float]) -> None:

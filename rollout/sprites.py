@@ -80,14 +80,16 @@ class SpriteWorld:
             raise ValueError(f"prompt {prompt.id!r} is not of this world (seed {self.seed})")
         return self._film(self._scene(split, int(index)))
 
-    def sample(self, split: str, index: int, lag: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def sample(self, split: str, index: int, follow: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A video uint8 [T, H, W, 3] with its drag [T, N, 2] and visibility [T, N]: what pretraining reads.
 
-        lag: frames by which the sprites in the video follow behind the drag (0: the true video of the prompt).
+        follow: share of the drag's displacement that the sprites in the video cover (1: the true video of the prompt).
         """
         scene = self._scene(split, index)
-        late = replace(scene, dragged=tuple(replace(s, path=_delayed(s.path, lag)) for s in scene.dragged))
-        return self._film(late), scene.tracks()[0], late.tracks()[1]
+        short = replace(
+            scene, dragged=tuple(replace(s, path=s.path[0] + follow * (s.path - s.path[0])) for s in scene.dragged)
+        )
+        return self._film(short), scene.tracks()[0], short.tracks()[1]
 
     def _scene(self, split: str, index: int) -> Scene:
         rng = np.random.default_rng(seed_of("sprites", self.seed, index) * len(SPLITS) + SPLITS.index(split))
@@ -157,11 +159,6 @@ class SpriteWorld:
             window = picture[y0:y1, x0:x1]
             window += alpha * (colour.clip(0, 1) - window)
         return np.rint(picture * 255).astype(np.uint8)
-
-
-def _delayed(path: np.ndarray, lag: float) -> np.ndarray:
-    frames = np.arange(len(path))
-    return np.stack([np.interp(frames - lag, frames, path[:, axis]) for axis in (0, 1)], -1).astype(np.float32)
 
 
 def _distance(sprite: Sprite, offset: np.ndarray) -> np.ndarray:

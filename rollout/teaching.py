@@ -28,17 +28,17 @@ def frame_batches(world: SpriteWorld, batch: int, per_video: int, seed: int) -> 
 
 
 def example_batches(
-    policy: DragPolicy, world: SpriteWorld, batch: int, pool: int, fresh: int, lag: tuple[float, float], seed: int
+    policy: DragPolicy, world: SpriteWorld, batch: int, pool: int, fresh: int, follow: tuple[float, float], seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of (latents [batch, C, F, h, w], control [batch, Cc, F, h, w]) drawn from a pool of encoded videos.
 
     The pool starts with `pool / 8` videos, takes up `fresh` new ones a batch, and drops its oldest beyond `pool`.
-    lag: the range, in frames, by which sprites follow behind the drag; drawn per video.
+    follow: the range of the share of the drag's displacement that sprites cover; drawn per video.
     """
     rng, stored, index = numpy_generator(seed, "examples"), [], 0
     while True:
         for _ in range(fresh if stored else pool // 8):
-            stored.append(_example(policy, world, index, rng.uniform(*lag)))
+            stored.append(_example(policy, world, index, rng.uniform(*follow)))
             index += 1
         del stored[:-pool]
         chosen = rng.choice(len(stored), batch, replace=False)
@@ -47,8 +47,8 @@ def example_batches(
 
 
 @torch.no_grad()
-def _example(policy: DragPolicy, world: SpriteWorld, index: int, lag: float) -> tuple[Tensor, Tensor]:
-    video, tracks, visible = world.sample("pretrain", index, lag)
+def _example(policy: DragPolicy, world: SpriteWorld, index: int, follow: float) -> tuple[Tensor, Tensor]:
+    video, tracks, visible = world.sample("pretrain", index, follow)
     pixels = from_pixels(torch.from_numpy(video))[None]
     drag = Drag(pixels[:, :, 0], torch.from_numpy(tracks)[None], torch.from_numpy(visible)[None])
     return policy.codec.encode(pixels)[0].half(), policy.control.encode(drag)[0].half()
