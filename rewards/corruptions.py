@@ -15,11 +15,10 @@ REACH = 0.2
 
 
 class Scene(NamedTuple):
-    """points, starts: float32 [N, 2], (x, y) px: where the dragged objects are, where they started. first: frame 0."""
+    """points, starts: float32 [N, 2], (x, y) px: where the dragged objects are, and where they started."""
 
     points: np.ndarray
     starts: np.ndarray
-    first: np.ndarray
 
 
 def discs(shape: tuple[int, ...], points: np.ndarray, radius: float) -> np.ndarray:
@@ -138,11 +137,6 @@ def hole(frame, level, rng, scene):
     return frame + level * (_inside(frame, colour, _vacated(frame, scene)) - frame)
 
 
-def residue(frame, level, rng, scene):
-    """The object has moved on and is still, more or less, where it started."""
-    return frame + level * (_inside(frame, scene.first, _vacated(frame, scene)) - frame)
-
-
 def jpeg(frame, level, rng, scene):
     if level < 0.01:
         return frame
@@ -194,7 +188,7 @@ def _motion_blur(frame, length, rng):
 
 
 TRAINED = {f.__name__: f for f in (blur, lowres, streak, noise, block, ghost, tint, saturation, contrast, checker,
-                                   smear, bloat, fade, hole, residue, warp)}  # fmt: skip
+                                   smear, bloat, fade, hole, warp)}  # fmt: skip
 HELD_OUT = {f.__name__: f for f in (jpeg, posterise, pixelate)}
-NEED_DEPARTURE = frozenset({"hole", "residue"})
+NEED_DEPARTURE = frozenset({"hole"})
 """Kinds that show only once an object has left the place where it started."""
