@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 
 from jobs.cli import ConfigError
@@ -107,23 +108,8 @@ def loop_settings(c: TrainConfig) -> LoopSettings:
 
 
 def learner_settings(c: TrainConfig) -> LearnerSettings:
-    l = c.learner
-    return LearnerSettings(
-        l.lr,
-        tuple(l.betas),
-        l.eps,
-        l.weight_decay,
-        l.grad_clip,
-        l.beta,
-        l.clip,
-        l.ema,
-        l.equalise_steps,
-        l.micro_batch,
-        l.updates_per_rollout,
-        l.zero_stage,
-        l.bf16,
-        l.ratio_tolerance,
-    )
+    values = {f.name: getattr(c.learner, f.name) for f in fields(LearnerSettings)}
+    return LearnerSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 @contextmanager

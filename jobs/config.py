@@ -69,6 +69,7 @@ class LearnerConfig:
     ranks: int
     zero_stage: int
     bf16: bool
+    freeze: list[str]
     ratio_tolerance: float
 
 

@@ -35,8 +35,9 @@ class LearnerSettings:
 
     eps: of Adam; weights whose gradient is rounding alone (key biases) must not move by the learning rate.
     equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass.
-    updates_per_rollout: optimizer steps on one batch. ratio_tolerance: largest |ratio - 1| that is allowed before the
-    first update.
+    updates_per_rollout: optimizer steps on one batch. freeze: prefixes of weights (diffusers' names) that are not
+    trained: the outermost layers' gradients are long and nearly all noise. ratio_tolerance: largest |ratio - 1| that
+    is allowed before the first update.
     """
 
     lr: float
@@ -52,6 +53,7 @@ class LearnerSettings:
     updates_per_rollout: int
     zero_stage: int
     bf16: bool
+    freeze: tuple[str, ...]
     ratio_tolerance: float
 
 
@@ -114,7 +116,10 @@ class Learner:
             )
         net, s = self.policy.net, self.settings
         self.reference = CausalWan(copy.deepcopy(net.model), net.window, net.sink).requires_grad_(False)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
+        for name, p in net.model.named_parameters():
+            p.requires_grad_(not name.startswith(s.freeze))
+        trained = [p for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
         self.engine = deepspeed.initialize(model=net, optimizer=optimizer, config=deepspeed_config(s, self.ranks))[0]
         self.averaged = {name: p.detach().clone() for name, p in self.policy.state_dict().items()}
 

@@ -62,9 +62,9 @@ def draw_drag(video: np.ndarray, tracks: np.ndarray | None, height: int) -> np.n
         for t, frame in enumerate(frames):
             for n in range(points.shape[1]):
                 colour = DRAG_COLOURS[n % len(DRAG_COLOURS)]
-                target = tuple(map(int, points[t, n]))
-                cv2.polylines(frame, [points[:, n]], False, NIGHT, 3, cv2.LINE_AA, 4)
-                cv2.polylines(frame, [points[:, n]], False, colour, 2, cv2.LINE_AA, 4)
+                line, target = np.ascontiguousarray(points[:, n]), tuple(map(int, points[t, n]))
+                cv2.polylines(frame, [line], False, NIGHT, 3, cv2.LINE_AA, 4)
+                cv2.polylines(frame, [line], False, colour, 2, cv2.LINE_AA, 4)
                 cv2.circle(frame, target, dot + 24, NIGHT, -1, cv2.LINE_AA, 4)
                 cv2.circle(frame, target, dot, colour, -1, cv2.LINE_AA, 4)
     return np.stack(frames)

@@ -116,8 +116,8 @@ def run(
         },
         settings.iterations,
     )
-    show(output, summary, base_films, tuned_films, heldout.strips, settings.iterations)
     folder.write_summary(summary)
+    show(output, summary, base_films, tuned_films, heldout.strips, settings.iterations)
     tracking.artifact(folder.summary)
     return summary
 

@@ -32,6 +32,13 @@ def psnr(a, b):
 # Pictures and videos
 
 
+def test_every_drag_of_a_picture_is_drawn():
+    video, tracks = sprite_video()
+    two = np.concatenate((tracks[:, :1], tracks[:, :1] + 6), 1)
+    one_drawn, two_drawn = draw_drag(video, tracks[:, :1], 128), draw_drag(video, two, 128)
+    assert (one_drawn != draw_drag(video, None, 128)).any() and (two_drawn != one_drawn).any()
+
+
 def test_an_mp4_plays_the_video_it_was_given(tmp_path):
     video, _ = sprite_video()
     path = write_mp4(tmp_path / "clip.mp4", video, fps=8)
@@ -109,17 +116,13 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def estimate(mean):
-    return {"mean": mean, "ci95": [mean - 0.1, mean + 0.1]}
-
-
 def test_the_report_is_one_file_that_holds_everything(tmp_path):
     video, tracks = sprite_video()
     strip, clip = filmstrip([("truth", video)], tracks), write_mp4(tmp_path / "clip.mp4", video, 8)
     history = [{"step": step, **METRICS, "train/kl": None if step % 7 else 0.01} for step in range(50)]
     summary = {"title": "a <b>run</b> $body", "seed": 3,
-               "heldout": {"track_error_px": {"base": estimate(2.0), "tuned": estimate(0.5)},
-                           "quality": {"base": {"mean": 0.75}, "tuned": {"mean": None}}}}  # fmt: skip
+               "heldout": {"track_error_px": {"base": 2.0, "tuned": 0.5, "ci95": [-1.6, -1.4]},
+                           "canary": {"quality": {"psnr_db": {"base": 24.0, "tuned": 25.0, "ci95": [0.9, 1.1]}}}}}  # fmt: skip
     text = write_report(tmp_path, summary, history, {"a & b": strip}, {"clip": clip}).read_text()
     page = Page(text)
     assert all(link.startswith(("data:", "#")) for link in page.links)
@@ -128,8 +131,8 @@ def test_the_report_is_one_file_that_holds_everything(tmp_path):
     assert (cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB) == strip).all()
     assert film == clip.read_bytes()
     words = " ".join(" ".join(page.text).split())
-    for shown in ("a <b>run</b> $body", "a & b", "Held-out track error", "2 → 0.5", "−75 %", "1.9 to 2.1 → 0.4 to 0.6",
-                  "0.75", "Reward terms", "trajectory", "Seconds per phase", "seed"):  # fmt: skip
+    for shown in ("a <b>run</b> $body", "a & b", "Held-out track error", "2 → 0.5", "−75 %", "change −1.6 to −1.4",
+                  "24 → 25", "Reward terms", "trajectory", "Seconds per phase", "seed"):  # fmt: skip
         assert shown in words, shown
     assert "currentColor" in text and INK not in text and "prefers-color-scheme: dark" in text
 
