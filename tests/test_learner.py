@@ -31,6 +31,7 @@ DEFAULTS = LearnerSettings(
     updates_per_rollout=1,
     zero_stage=0,
     bf16=False,
+    freeze=(),
     ratio_tolerance=1e-5,
 )
 

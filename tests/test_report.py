@@ -120,9 +120,10 @@ def test_the_report_is_one_file_that_holds_everything(tmp_path):
     video, tracks = sprite_video()
     strip, clip = filmstrip([("truth", video)], tracks), write_mp4(tmp_path / "clip.mp4", video, 8)
     history = [{"step": step, **METRICS, "train/kl": None if step % 7 else 0.01} for step in range(50)]
+    psnr_db = {"base": 24.0, "tuned": 25.0, "ci95": [0.9, 1.1]}
     summary = {"title": "a <b>run</b> $body", "seed": 3,
                "heldout": {"track_error_px": {"base": 2.0, "tuned": 0.5, "ci95": [-1.6, -1.4]},
-                           "canary": {"quality": {"psnr_db": {"base": 24.0, "tuned": 25.0, "ci95": [0.9, 1.1]}}}}}  # fmt: skip
+                           "canary": {"quality": {"psnr_db": psnr_db}}}}  # fmt: skip
     text = write_report(tmp_path, summary, history, {"a & b": strip}, {"clip": clip}).read_text()
     page = Page(text)
     assert all(link.startswith(("data:", "#")) for link in page.links)
