@@ -44,10 +44,15 @@ class TransformerConfig:
 
 @dataclass
 class StageConfig:
+    """follow: range of the share of a drag's displacement that its sprite covers. keep: share of the change of the
+    weights that stays (1: all of it); in between lies a policy that is between the two in what it does.
+    """
+
     steps: int
     lr: float
     muon_lr: float
     follow: list[float]
+    keep: float
 
 
 @dataclass
@@ -90,6 +95,7 @@ def main(config: PretrainConfig) -> None:
         batches = example_batches(
             policy, world, taught.batch, taught.pool, taught.fresh, tuple(stage.follow), seed_of(config.seed, name)
         )
+        before = {key: value.clone() for key, value in policy.state_dict().items()}
         fit_policy(
             policy,
             batches,
@@ -102,6 +108,8 @@ def main(config: PretrainConfig) -> None:
             reporter(record, name),
             seed_of(config.seed, name, "noise"),
         )
+        after = policy.state_dict()
+        policy.load_state_dict({key: torch.lerp(before[key], after[key], stage.keep) for key in after})
         policy.save(out / name)
     policy.save(out)
     print(f"wrote {out}; measure it with: python -m jobs.evaluate policy.path={out}")
