@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 
 from jobs.cli import ConfigError
@@ -128,9 +128,8 @@ def make_rollout_fleet(c: TrainConfig, settings: PolicySettings) -> Fleet:
 
 
 def make_reward_fleet(c: TrainConfig) -> Fleet:
-    return make_fleet(
-        c.cluster.backend, RewardWorker, _spec("reward", c.cluster.reward), (partial(make_terms, c.rewards), c.fps)
-    )
+    terms = partial(make_terms, {name: asdict(term) for name, term in read_terms(c.rewards).items()})
+    return make_fleet(c.cluster.backend, RewardWorker, _spec("reward", c.cluster.reward), (terms, c.fps))
 
 
 def make_learner(c: TrainConfig) -> Fleet:

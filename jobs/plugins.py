@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,16 @@ def make_terms(specs: Mapping[str, Mapping[str, Any]]) -> list[Term]:
 
 
 def read_terms(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, TermConfig]:
-    """Checks every entry against TermConfig; RewardError naming the key that is unknown or wrong."""
+    """Checks every entry against TermConfig; RewardError naming the key that is unknown or wrong.
+
+    Paths of files become absolute, so that a worker elsewhere finds them too.
+    """
     terms = {}
     for name, spec in specs.items():
         try:
-            terms[name] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TermConfig), spec))
+            term = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TermConfig), spec))
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise RewardError(f"rewards.{name}: {str(error).splitlines()[0]}") from error
+        file, _, function = term.fn.rpartition(":") if isinstance(term.fn, str) else ("", "", "")
+        terms[name] = replace(term, fn=f"{Path(file).resolve()}:{function}") if file.endswith(".py") else term
     return terms
