@@ -93,7 +93,7 @@ def train(
                 **summarise(scores, terms),
                 **{f"train/{name}": float(np.mean([s[name] for s in stats])) for name in stats[0]},
                 **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
-                "masked/groups": float(faults),
+                "masked/chunks": float(faults),
                 "system/restarts": float(sum(f.restarts for f in (fleets.rollout, fleets.reward, fleets.learner))),
             },
         )
@@ -180,6 +180,9 @@ def summarise(scores: Sequence[GroupScores], terms: Mapping[str, TermWeight]) ->
         if name in terms:
             metrics[f"group/{name}/zero_spread"] = float((spread == 0).mean()) if len(spread) else float("nan")
     for name in scores[0].metrics:
-        metrics[f"metric/{name}"] = float(np.nanmean(np.concatenate([g.metrics[name] for g in scores])))
+        values = np.concatenate([g.metrics[name] for g in scores])
+        metrics[f"metric/{name}"] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+        if name.endswith("/error_px"):
+            metrics["train/track_error_px"] = metrics[f"metric/{name}"]
     metrics["masked/terms"] = float(sum(len(g.faults) for g in scores))
     return metrics

@@ -23,7 +23,7 @@ class Progress:
 
     total: iterations of the whole training. done: those that a resume finds done. Known metrics are "reward/<term>",
     "train/track_error_px", "train/ratio_deviation", "train/kl", "train/grad_norm", "time/<phase>" in seconds, and
-    "masked/samples"; those that are missing are not shown. Leaving the context gives the terminal back in any case.
+    "masked/terms"; those that are missing are not shown. Leaving the context gives the terminal back in any case.
     """
 
     def __init__(self, total: int, done: int = 0, console: Console | None = None) -> None:
@@ -84,7 +84,7 @@ def _groups(metrics: dict[str, float]) -> dict[str, list[tuple[str, str]]]:
             ("|ratio-1|", "train/ratio_deviation", "{:.1e}"),
             ("kl", "train/kl", "{:.2e}"),
             ("grad norm", "train/grad_norm", "{:.3g}"),
-            ("masked", "masked/samples", "{:.0f}"),
+            ("masked", "masked/terms", "{:.0f}"),
         ],
         "seconds": [(phase, f"time/{phase}", "{:.2f}") for phase in PHASES],
     }

@@ -17,7 +17,7 @@ from rl.run_folder import RunFolder, RunFolderError
 from rollout.sprites import SpriteWorld
 
 METRICS = {"reward/trajectory": 0.71, "reward/quality": 0.9, "train/track_error_px": 1.234, "train/kl": float("nan"),
-           "train/ratio_deviation": 3e-7, "train/grad_norm": 0.5, "time/rollout": 0.8, "masked/samples": 2}  # fmt: skip
+           "train/ratio_deviation": 3e-7, "train/grad_norm": 0.5, "time/rollout": 0.8, "masked/terms": 2}  # fmt: skip
 
 
 def sprite_video(index=0, size=64):

@@ -1,0 +1,96 @@
+"""Credit, masking and the version handshake of the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny import WORLD, tiny_policy
+
+from policy.transition import Kernel
+from rl.advantage import TermWeight
+from rl.fleet import FleetError, FleetSpec, closing, make_fleet
+from rl.loop import LoopSettings, collect, credit, summarise
+from rl.reward_worker import GroupScores
+from rl.rollout_worker import SyncedRolloutWorker
+from rl.weights import pack
+from rollout.group import RolloutSettings
+
+SETTINGS = LoopSettings(
+    seed=0,
+    iterations=1,
+    prompts_per_iteration=1,
+    prompts_per_task=1,
+    reward_to_go=True,
+    advantage_clip=5.0,
+    permute=False,
+    fault_share=0.25,
+    checkpoint_every=1,
+)
+TERMS = {"near": TermWeight(1.0, 0.01)}
+
+
+def scores(frames, group_id="0/0/a", faults=None):
+    """Four frames, the first given; blocks 1 and 2 start at frames 1 and 3."""
+    return GroupScores(group_id, {1: 1, 2: 3}, {"near": np.array(frames, np.float32)}, {}, faults or {})
+
+
+NAN = np.nan
+GROUP = scores([[NAN, 1, 1, 0], [NAN, 0, 0, 1], [NAN, 0.5, 0.5, 0.5]])
+
+
+def test_a_block_is_credited_with_its_own_frames_and_all_later_ones():
+    assert GROUP.block("near", 1, True) == pytest.approx([2 / 3, 1 / 3, 0.5])
+    assert GROUP.block("near", 1, False) == pytest.approx([1, 0, 0.5])
+    assert GROUP.block("near", 2, True) == pytest.approx([0, 1, 0.5])
+    given = credit([GROUP], TERMS, SETTINGS, 0)["0/0/a"]
+    assert given[1][0] > 0 > given[1][1] and given[2][0] < 0 < given[2][1]
+
+
+def test_a_member_without_a_score_is_masked_and_changes_nobody_else():
+    hidden = scores([[NAN] * 4, *GROUP.frames["near"][1:]])
+    given = credit([hidden], TERMS, SETTINGS, 0)["0/0/a"][1]
+    alone = credit([scores(GROUP.frames["near"][1:])], TERMS, SETTINGS, 0)["0/0/a"][1]
+    assert given[0] == 0 and given[1:] == pytest.approx(alone)
+
+
+def test_the_control_gives_the_same_advantages_to_other_members():
+    right = credit([GROUP], TERMS, SETTINGS, 0)["0/0/a"]
+    wrong = [credit([GROUP], TERMS, replace(SETTINGS, permute=True, seed=s), 0)["0/0/a"] for s in range(8)]
+    assert all(sorted(w[1]) == pytest.approx(sorted(right[1])) for w in wrong)
+    assert any((w[1] != right[1]).any() for w in wrong)
+    again = credit([GROUP], TERMS, replace(SETTINGS, permute=True), 0)["0/0/a"]
+    assert (again[1] == wrong[0][1]).all()
+
+
+class Judge:
+    """Scores, or fails in the way that the group's name asks for."""
+
+    def score(self, name):
+        return [scores(GROUP.frames["near"], name, {"near": "RuntimeError: away"} if name == "away" else None)]
+
+
+def test_too_many_failed_terms_stop_the_run_and_few_are_counted():
+    with closing(make_fleet("inline", Judge, FleetSpec("reward"))) as (judges,):
+        found, lost = collect([judges.submit("score", n) for n in ("a", "b", "c", "away")], SETTINGS)
+        assert len(found) == 4 and lost == 0
+        assert summarise(found, TERMS)["masked/terms"] == 1
+        with pytest.raises(FleetError, match="RuntimeError: away"):
+            collect([judges.submit("score", n) for n in ("a", "away")], SETTINGS)
+
+
+def test_a_rollout_worker_serves_only_the_version_it_holds(tmp_path):
+    policy = tiny_policy()
+    policy.save(tmp_path)
+    settings = RolloutSettings("trunk", 2, "tangent", Kernel("cps", 0.5, 4.0))
+    worker = SyncedRolloutWorker(str(tmp_path), None, settings, lambda: WORLD, 0)
+    with pytest.raises(ValueError, match="asked for weights 1, but this rollout worker holds 0"):
+        worker.rollout(0, [0], 1)
+    weights = pack(tiny_policy(seed=1).state_dict(), 1)
+    assert worker.load_weights(weights) == weights.digest
+    groups, replays = worker.rollout(0, [0], 1)
+    assert {g.version for g in groups} == {1} and len(replays) == 1
+    damaged = replace(weights, digest="0" * 32)
+    with pytest.raises(ValueError, match="arrived damaged"):
+        worker.load_weights(damaged)
