@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def table(found: dict[str, dict]) -> str:
-    lines = ["| run | " + " | ".join(FIGURES) + " | iterations | seconds |", "|---" * (len(FIGURES) + 3) + "|"]
+    lines = ["| run | " + " | ".join(FIGURES) + " | iterations |", "|---" * (len(FIGURES) + 2) + "|"]
     for name, summary in found.items():
         cells = []
         for path in FIGURES.values():
@@ -50,7 +50,7 @@ def table(found: dict[str, dict]) -> str:
             low, high = row["ci95"]
             cells.append(f"{row['base']:.2f} → {row['tuned']:.2f} ({100 * (row['tuned'] / row['base'] - 1):+.0f} %; "
                          f"{low:+.2f}..{high:+.2f})")  # fmt: skip
-        lines.append(f"| {name} | {' | '.join(cells)} | {summary['iterations']} | {summary['seconds']['total']:.0f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {summary['iterations']} |")
     return "\n".join(lines) + "\n"
 
 
