@@ -89,14 +89,15 @@ def test_the_true_video_starts_with_the_given_frame():
         np.testing.assert_array_equal(visible, prompt.visible)
 
 
-def test_sprites_that_lag_follow_the_same_path_later():
+def test_sprites_that_follow_by_a_share_fall_short_of_the_drag():
     index = next(i for i in range(99) if WORLD.prompt("train", i).tracks.shape[1] == 1)
     truth, tracks, _ = WORLD.sample("train", index)
-    late, same, _ = WORLD.sample("train", index, lag=2.0)
+    short, same, _ = WORLD.sample("train", index, follow=0.5)
     np.testing.assert_array_equal(same, tracks)
-    np.testing.assert_array_equal(late[2:], truth[:-2])
-    np.testing.assert_array_equal(late[:2], truth[[0, 0]])
-    assert (WORLD.sample("train", index, lag=0.5)[0][3:] != truth[3:]).any()
+    np.testing.assert_array_equal(short[0], truth[0])
+    np.testing.assert_array_equal(WORLD.sample("train", index, follow=0.0)[0], truth[[0] * len(truth)])
+    moved = [np.abs(video.astype(int) - truth[0]).any(-1) for video in (short, truth)]
+    assert (short[4:] != truth[4:]).any() and moved[0][-1].sum() < moved[1][-1].sum()
 
 
 def test_a_prompt_of_another_world_has_no_truth_here():
@@ -156,7 +157,7 @@ def test_an_invisible_point_may_leave_the_picture():
 
 def test_the_policy_learns_from_the_worlds_examples():
     policy = tiny_policy()
-    examples = example_batches(policy, SMALL, batch=4, pool=32, fresh=1, lag=(0.0, 0.0), seed=0)
+    examples = example_batches(policy, SMALL, batch=4, pool=32, fresh=1, follow=(1.0, 1.0), seed=0)
     (latents, control), (others, _) = islice(examples, 2)
     assert latents.shape == (4, 8, 9, 4, 4) and control.shape == (4, 10, 9, 4, 4)
     assert not torch.equal(latents, others)
