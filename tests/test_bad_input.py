@@ -106,3 +106,17 @@ def test_a_folder_of_own_pictures_trains_and_generates(small_run, tmp_path):  # 
     assert summary["heldout"]["canary"]["quality"] == {}, "without a rendered truth there is no error against it"
     assert run_job("generate", *small_run, *more, f"run_dir={tmp_path / 'made'}") == 0
     assert len(list((tmp_path / "made/videos").glob("*.mp4"))) == 1
+
+
+def test_a_disk_that_fills_while_saving_leaves_the_earlier_checkpoints(small_run, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    more = [*small_run, f"run_dir={run}", "tracking.uri=null"]
+    assert run_job("train", *more, "train.iterations=1") == 0
+    before = sorted((p, p.stat().st_mtime_ns) for p in (run / "checkpoints").rglob("*"))
+    # No file may grow beyond 64 KiB: what a full disk or a quota says, without filling one.
+    limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "_", sys.executable, "-m", "jobs.train", *more]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: cannot write checkpoint") and "earlier checkpoints are intact" in line
+    assert sorted((p, p.stat().st_mtime_ns) for p in (run / "checkpoints").rglob("*")) == before
