@@ -147,6 +147,7 @@ def read_transformer(path: Path) -> WanTransformer3DModel:
     if info["missing_keys"] or info["unexpected_keys"]:
         keys = sorted((*info["missing_keys"], *info["unexpected_keys"]))
         raise WeightsError(f"{path} is not whole: {keys[0]} is missing or unknown; restore it or choose another")
+    transformer.register_to_config(_name_or_path="")  # else every copy saved names the folder it was read from
     return transformer
 
 
