@@ -137,16 +137,13 @@ class Learner:
         stats: dict[str, float] = {}
         for epoch in range(self.settings.updates_per_rollout):
             sums = torch.zeros(4)
-            deviation = 0.0
+            deviations: list[Tensor] = []
             for i, batch in enumerate(work):
                 v = batch.velocity(self.policy, self.engine)
                 logp = batch.log_probs(self.kernel, v)
                 if epoch == 0:
                     old.append([lp.detach() for lp in logp])
-                    deviation = max(
-                        deviation,
-                        *(((a - b).exp() - 1).abs().max().item() for a, b in zip(old[i], batch.rollout_log_probs())),
-                    )
+                    deviations += [((a - b).exp() - 1).abs().max() for a, b in zip(old[i], batch.rollout_log_probs())]
                 with torch.no_grad():
                     v_ref = batch.velocity(self.policy, self.reference)
                 loss, parts = self._loss(batch, v, v_ref, logp, old[i], advantages)
@@ -155,12 +152,10 @@ class Learner:
                 self.engine.backward(loss / total)
                 if i == len(work) - 1:
                     if epoch == 0:
-                        self._check(deviation)
+                        stats["ratio_deviation"] = self._check(deviations)
                     stats["grad_norm"] = self._grad_norm()
                 self.engine.step()
             self._average()
-            if epoch == 0:
-                stats["ratio_deviation"] = deviation
             stats |= dict(zip(("policy_loss", "kl", "clip_fraction", "ratio"), (sums / total).tolist()))
         self.version += 1
         return stats
@@ -183,12 +178,14 @@ class Learner:
                 parts += torch.stack((own.mean(), divergence[r], clipped, ratio.mean())).detach().cpu()
         return loss, parts
 
-    def _check(self, deviation: float) -> None:
+    def _check(self, deviations: Sequence[Tensor]) -> float:
+        deviation = torch.stack(list(deviations)).max().item()  # torch's max, because Python's would hide a NaN
         if not deviation <= self.settings.ratio_tolerance:
             raise ValueError(
                 f"replay and rollout disagree: |ratio - 1| = {deviation:.2e} before the first update, above "
                 f"learner.ratio_tolerance={self.settings.ratio_tolerance:.0e}"
             )
+        return deviation
 
     def _grad_norm(self) -> float:
         """Before clipping, over all ranks. ZeRO shards gradients and knows their norm only after its step: its last

@@ -111,6 +111,14 @@ def test_a_rollout_of_another_policy_is_refused(policy_path, experience):
         learner.update(*experience)
 
 
+def test_a_policy_that_became_nan_is_refused_too(policy_path, experience):
+    learner = alone(policy_path)
+    with torch.no_grad():
+        learner.policy.net.model.proj_out.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="replay and rollout disagree"):
+        learner.update(*experience)
+
+
 def test_several_updates_on_one_rollout_move_the_ratio(policy_path, experience):
     learner = alone(policy_path, updates_per_rollout=3, clip=1e-4)
     stats = learner.update(*experience)
