@@ -63,7 +63,7 @@ def measure(select: str, prompts: int, members: int, repeats: int) -> dict[str, 
     return {"groups": scored, **best}
 
 
-def main(prompts: int = 4, sizes: tuple[int, ...] = (8, 16), repeats: int = 3) -> None:
+def main(prompts: int = 4, sizes: tuple[int, ...] = (8, 16), repeats: int = 2) -> None:
     torch.set_num_threads(1)
     rows = [
         {"select": select, "members": g, **measure(select, prompts, g, repeats)} for g in sizes for select in SETTINGS
