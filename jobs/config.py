@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING
@@ -129,4 +129,3 @@ class TrainConfig:
     evaluate: EvaluateConfig
     train: LoopConfig
     fps: float = 8.0
-    notes: dict[str, str] = field(default_factory=dict)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Advantages = Mapping[str, Mapping[int, np.ndarray]]
+"""Per group id and block: float32 [G]. A group that is missing was not scored: it does not learn."""
+
 
 @dataclass(frozen=True)
 class TermWeight:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,13 +18,11 @@ from torch import Tensor
 from policy.causal import CausalWan
 from policy.policy import load_policy
 from policy.transition import Kernel
+from rl.advantage import Advantages
 from rl.objective import clipped_ratio_loss, gradient_scale, velocity_divergence
 from rl.weights import Weights, pack
 from rollout.records import Replay
 from rollout.replay import ReplayBatch, batches
-
-Advantages = Mapping[str, Mapping[int, np.ndarray]]
-"""Per group id and block: float32 [G]. A group that is missing was not scored: it does not learn."""
 
 
 @dataclass(frozen=True)

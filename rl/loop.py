@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rl.advantage import TermWeight, advantages, permuted
+from rl.advantage import Advantages, TermWeight, advantages, permuted
 from rl.fleet import Fleet, FleetError, Task, as_completed, fetch
 from rl.reward_worker import GroupScores
 from rollout.seeds import seed_of
 
 Metrics = dict[str, float]
-Advantages = dict[str, dict[int, np.ndarray]]
-"""Per group id and block: float32 [G]."""
 
 
 @dataclass(frozen=True)
