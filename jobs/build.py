@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 
 from jobs.cli import ConfigError
-from jobs.config import RoleConfig, TrainConfig
+from jobs.config import RoleConfig, TrainConfig, settings_of
 from jobs.plugins import make_source, make_terms, read_terms
 from policy.policy import PolicySettings, read_settings
 from policy.transition import KERNELS, Kernel
@@ -108,8 +108,7 @@ def loop_settings(c: TrainConfig) -> LoopSettings:
 
 
 def learner_settings(c: TrainConfig) -> LearnerSettings:
-    values = {f.name: getattr(c.learner, f.name) for f in fields(LearnerSettings)}
-    return LearnerSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return settings_of(LearnerSettings, c.learner)
 
 
 @contextmanager

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from omegaconf import MISSING
+
+Settings = TypeVar("Settings")
+
+
+def settings_of(kind: type[Settings], config: Any) -> Settings:
+    """The settings that a library function takes, read by name from a part of the configuration; lists become
+    tuples.
+    """
+    values = {f.name: getattr(config, f.name) for f in fields(kind)}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 @dataclass

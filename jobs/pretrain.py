@@ -1,4 +1,4 @@
-"""Make the tiny policy from nothing: the codec, the policy on true drags, then a short stage on drags that overshoot.
+"""Make the tiny policy from nothing: the codec, the policy on true drags, then a short stage on drags that are ahead.
 
 python -m jobs.pretrain out=outputs/base
 """
@@ -14,13 +14,14 @@ from typing import TextIO
 import torch
 
 from jobs.cli import job
+from jobs.config import settings_of
 from policy.codec import ConvCodec, from_pixels
 from policy.policy import DragPolicy, PolicySettings, build_transformer, load_policy
-from policy.pretrain import Report, fit_codec, fit_policy, psnr
+from policy.pretrain import FlowMatching, Report, fit_codec, fit_policy, psnr
 from policy.transition import shifted_schedule
 from rollout.seeds import seed_of
 from rollout.sprites import SpriteWorld
-from rollout.teaching import example_batches, frame_batches
+from rollout.teaching import Teaching, example_batches, frame_batches
 
 
 @dataclass
@@ -40,29 +41,24 @@ class TransformerConfig:
     head_dim: int
     layers: int
     ffn: int
+    loud: float
 
 
 @dataclass
 class StageConfig:
-    """follow: range of the share of a drag's displacement that its sprite covers. keep: share of the change of the
-    weights that stays (1: all of it); in between lies a policy that is between the two in what it does.
-    """
+    """What `policy.pretrain.FlowMatching` and `rollout.teaching.Teaching` say, for one stage."""
 
     steps: int
     lr: float
     muon_lr: float
-    follow: list[float]
-    keep: float
-
-
-@dataclass
-class TeachingConfig:
-    batch: int
-    pool: int
-    fresh: int
     ema: float
     context_noise: float
     on_schedule: float
+    batch: int
+    pool: int
+    fresh: int
+    lag: float
+    own_history: bool
 
 
 @dataclass
@@ -79,7 +75,6 @@ class PretrainConfig:
     drag_sigma: float
     codec: CodecConfig
     transformer: TransformerConfig
-    teaching: TeachingConfig
     stages: dict[str, StageConfig]
 
 
@@ -90,26 +85,10 @@ def main(config: PretrainConfig) -> None:
     record = (out / "pretrain.jsonl").open("w")
     world = SpriteWorld(config.size, config.frames)
     policy = load_policy(config.init) if config.init else make_policy(config, make_codec(config, world, record))
-    taught = config.teaching
-    for name, stage in config.stages.items():
-        batches = example_batches(
-            policy, world, taught.batch, taught.pool, taught.fresh, tuple(stage.follow), seed_of(config.seed, name)
-        )
-        before = {key: value.clone() for key, value in policy.state_dict().items()}
-        fit_policy(
-            policy,
-            batches,
-            stage.steps,
-            stage.lr,
-            stage.muon_lr,
-            taught.ema,
-            taught.context_noise,
-            taught.on_schedule,
-            reporter(record, name),
-            seed_of(config.seed, name, "noise"),
-        )
-        after = policy.state_dict()
-        policy.load_state_dict({key: torch.lerp(before[key], after[key], stage.keep) for key in after})
+    for name, s in config.stages.items():
+        batches = example_batches(policy, world, settings_of(Teaching, s), seed_of(config.seed, name))
+        report, seed = reporter(record, name), seed_of(config.seed, name, "noise")
+        fit_policy(policy, batches, settings_of(FlowMatching, s), report, seed)
         policy.save(out / name)
     policy.save(out)
     print(f"wrote {out}; measure it with: python -m jobs.evaluate policy.path={out}")
@@ -130,7 +109,11 @@ def make_policy(config: PretrainConfig, codec: ConvCodec) -> DragPolicy:
     )
     torch.manual_seed(seed_of(config.seed, "policy"))
     t, channels = config.transformer, config.codec.channels
-    return DragPolicy(settings, build_transformer(channels, channels + 2, t.heads, t.head_dim, t.layers, t.ffn), codec)
+    transformer = build_transformer(channels, channels + 2, t.heads, t.head_dim, t.layers, t.ffn)
+    with torch.no_grad():
+        # A loud constant channel: without one, layer norms hide how large a token is from all that comes after them.
+        transformer.patch_embedding.bias[0] = t.loud
+    return DragPolicy(settings, transformer, codec)
 
 
 def make_codec(config: PretrainConfig, world: SpriteWorld, record: TextIO) -> ConvCodec:

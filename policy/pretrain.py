@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -63,25 +64,34 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return (10 * torch.log10(4 / (a - b).square().mean())).item()
 
 
+@dataclass(frozen=True)
+class FlowMatching:
+    """lr: of AdamW; muon_lr: of Muon. ema: decay of the average of the weights that training ends with.
+
+    context_noise: largest standard deviation of the noise on the history, which half of the videos get. on_schedule:
+    share of the blocks denoised at a level of the few-step schedule; the others at s = 3u / (1 + 2u), u uniform.
+    """
+
+    steps: int
+    lr: float
+    muon_lr: float
+    ema: float
+    context_noise: float
+    on_schedule: float
+
+
 def fit_policy(
     policy: DragPolicy,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    steps: int,
-    lr: float,
-    muon_lr: float,
-    ema: float,
-    context_noise: float,
-    on_schedule: float,
+    batches: Iterator[tuple[Tensor, Tensor, Tensor]],
+    settings: FlowMatching,
     report: Report,
     seed: int,
 ) -> None:
-    """Flow matching with teacher forcing, packed: every block is denoised at its own level given the clean frames
-    before it.
+    """Flow matching, packed: every block is denoised at its own level, given the history before it.
 
-    batches: (latents [B, C, F, h, w], control [B, Cc, F, h, w]). Levels are those of the few-step schedule with
-    probability `on_schedule`, else s = 3u / (1 + 2u). On half of the videos the clean history gets noise of std up to
-    `context_noise`, so that the policy bears with the flaws of its own frames. Block matrices train with Muon (arXiv
-    2502.16982), all other weights with AdamW; the policy ends with the exponential moving average of its weights.
+    batches: (latents [B, C, F, h, w], control [B, Cc, F, h, w], history like latents: the latents themselves for
+    teacher forcing, the policy's own for what it will meet in use). Noise on the history makes the policy bear with
+    the flaws of its own frames. Block matrices train with Muon (arXiv 2502.16982), all other weights with AdamW.
     """
     generator = torch.Generator().manual_seed(seed)
     net, sizes = policy.net, policy.sizes
@@ -89,25 +99,26 @@ def fit_policy(
     matrices = [p for p in net.model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in net.parameters() if all(p is not q for q in matrices)]
     optimizers = [
-        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=lr, weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=settings.lr, weight_decay=0.01),
     ]
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: cosine(step, steps)) for o in optimizers]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: cosine(step, settings.steps)) for o in optimizers]
     averaged = [p.detach().clone() for p in net.parameters()]
     levels = torch.tensor(policy.sigmas[:-1])
     started = time.process_time()
-    for step in range(steps):
-        latents, control = next(batches)
+    for step in range(settings.steps):
+        latents, control, history = next(batches)
         batch = len(latents)
         u = torch.rand(batch, len(blocks), generator=generator)
         s = 3 * u / (1 + 2 * u)
         listed = levels[torch.randint(len(levels), s.shape, generator=generator)]
-        s = torch.where(torch.rand(s.shape, generator=generator) < on_schedule, listed, s)
+        s = torch.where(torch.rand(s.shape, generator=generator) < settings.on_schedule, listed, s)
         s = s.repeat_interleave(torch.tensor(sizes[1:]), 1)
         noise = torch.randn(latents[:, :, 1:].shape, generator=generator)
         noisy = latents[:, :, 1:].lerp(noise, s[:, None, :, None, None])
-        shaken = context_noise * torch.rand(batch, generator=generator) * (torch.rand(batch, generator=generator) < 0.5)
-        history = latents + shaken[:, None, None, None, None] * torch.randn(latents.shape, generator=generator)
+        half = torch.rand(batch, generator=generator) < 0.5
+        shaken = settings.context_noise * torch.rand(batch, generator=generator) * half
+        history = history + shaken[:, None, None, None, None] * torch.randn(latents.shape, generator=generator)
         history[:, :, 0] = latents[:, :, 0]
         v = net(
             torch.cat((history, control), 1),
@@ -125,9 +136,9 @@ def fit_policy(
         for optimizer, scheduler in zip(optimizers, schedulers):
             optimizer.step()
             scheduler.step()
-        decay = min(ema, (1 + step) / (10 + step))
+        decay = min(settings.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(averaged, [p.detach() for p in net.parameters()], 1 - decay)
-        if step % 50 == 0 or step == steps - 1:
+        if step % 50 == 0 or step == settings.steps - 1:
             report(step, {"loss": loss.item(), "cpu_s": time.process_time() - started})
     with torch.no_grad():
         for p, mean in zip(net.parameters(), averaged):

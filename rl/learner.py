@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import os
 import socket
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from policy.causal import CausalWan
 from policy.policy import load_policy
@@ -32,9 +33,8 @@ class LearnerSettings:
 
     eps: of Adam; weights whose gradient is rounding alone (key biases) must not move by the learning rate.
     equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass.
-    updates_per_rollout: optimizer steps on one batch. freeze: prefixes of weights (diffusers' names) that are not
-    trained: the outermost layers' gradients are long and nearly all noise. ratio_tolerance: largest |ratio - 1| that
-    is allowed before the first update.
+    updates_per_rollout: optimizer steps on one batch. freeze: patterns (`*`, `?`, of diffusers' names) of weights that
+    are not trained. ratio_tolerance: largest |ratio - 1| that is allowed before the first update.
     """
 
     lr: float
@@ -52,6 +52,20 @@ class LearnerSettings:
     bf16: bool
     freeze: tuple[str, ...]
     ratio_tolerance: float
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Weights whose names match a pattern are not trained; ValueError where one matches none, or nothing is left."""
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        if not (found := fnmatch.filter(names, pattern)):
+            raise ValueError(
+                f"learner.freeze: {pattern!r} matches no weight of the policy (say, {next(iter(names))!r})"
+            )
+        for name in found:
+            names[name].requires_grad_(False)
+    if not any(p.requires_grad for p in names.values()):
+        raise ValueError("learner.freeze leaves nothing to train; take a pattern out")
 
 
 def deepspeed_config(settings: LearnerSettings, ranks: int) -> dict[str, Any]:
@@ -113,8 +127,7 @@ class Learner:
             )
         net, s = self.policy.net, self.settings
         self.reference = CausalWan(copy.deepcopy(net.model), net.window, net.sink).requires_grad_(False)
-        for name, p in net.model.named_parameters():
-            p.requires_grad_(not name.startswith(s.freeze))
+        freeze(net.model, s.freeze)
         trained = [p for p in net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
         self.engine = deepspeed.initialize(model=net, optimizer=optimizer, config=deepspeed_config(s, self.ranks))[0]

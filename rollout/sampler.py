@@ -41,11 +41,11 @@ def collate(prompts: Sequence[DragPrompt]) -> Drag:
 class Stream:
     """A batch of videos in the making; never changed, so a stream can be forked by `rows`.
 
-    control [B, Cc, F, h, w]; cache: keys and values of the finished frames; codec_state: of the frames decoded so
-    far; block: the next one.
+    drag: None where only latents are wanted. control [B, Cc, F, h, w]; cache: keys and values of the finished frames;
+    codec_state: of the frames decoded so far; block: the next one.
     """
 
-    drag: Drag
+    drag: Drag | None
     control: Tensor
     cache: KVCache
     codec_state: CodecState

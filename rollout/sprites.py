@@ -55,6 +55,7 @@ class SpriteWorld:
 
     size: side of the square picture, px. frames: length T of a video. speed: mean path length per frame, px.
     distractors: share of videos with one more sprite that stands still; two_drags: share with a second dragged sprite.
+    grain: amplitude of the background's fine texture, of 1.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class SpriteWorld:
         speed: float = 2.2,
         distractors: float = 0.5,
         two_drags: float = 0.3,
+        grain: float = 0.04,
         seed: int = 0,
     ) -> None:
         self.size, self.frames, self.speed, self.seed = size, frames, speed, seed
-        self.distractors, self.two_drags = distractors, two_drags
+        self.distractors, self.two_drags, self.grain = distractors, two_drags, grain
         self._grid = np.stack(np.meshgrid(np.arange(size), np.arange(size)), -1).astype(np.float32)
 
     def prompt(self, split: str, index: int) -> DragPrompt:
@@ -80,28 +82,26 @@ class SpriteWorld:
             raise ValueError(f"prompt {prompt.id!r} is not of this world (seed {self.seed})")
         return self._film(self._scene(split, int(index)))
 
-    def sample(self, split: str, index: int, follow: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def sample(self, split: str, index: int, lag: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A video uint8 [T, H, W, 3] with its drag [T, N, 2] and visibility [T, N]: what pretraining reads.
 
-        follow: share of the drag's displacement that the sprites in the video cover (1: the true video of the prompt).
+        lag: by how many frames the sprites in the video are behind the drag (0: the true video of the prompt).
         """
         scene = self._scene(split, index)
-        short = replace(
-            scene, dragged=tuple(replace(s, path=s.path[0] + follow * (s.path - s.path[0])) for s in scene.dragged)
-        )
-        return self._film(short), scene.tracks()[0], short.tracks()[1]
+        late = replace(scene, dragged=tuple(replace(s, path=_delayed(s.path, lag)) for s in scene.dragged))
+        return self._film(late), scene.tracks()[0], late.tracks()[1]
 
     def _scene(self, split: str, index: int) -> Scene:
         rng = np.random.default_rng(seed_of("sprites", self.seed, index) * len(SPLITS) + SPLITS.index(split))
         dragged = 1 + (rng.random() < self.two_drags)
         count = dragged + (rng.random() < self.distractors)
         ground = rng.uniform(0.25, 0.75, 3)
-        background = ground + self._texture(rng, 4, 0.14) + self._texture(rng, 12, 0.1)
+        background = ground + self._texture(rng, 4, 0.12) + self._texture(rng, 10, self.grain)
         sprites: list[Sprite] = []
         for i in range(count):
             path = self._path(rng, moving=i < dragged, others=[s.path for s in sprites])
-            colour = max((rng.uniform(0.05, 0.95, 3) for _ in range(3)), key=lambda c: np.linalg.norm(c - ground))
-            texture = np.clip(colour + rng.uniform(-0.4, 0.4, (5, 5, 3)), 0, 1)
+            colour = max((rng.uniform(0.05, 0.95, 3) for _ in range(6)), key=lambda c: np.linalg.norm(c - ground))
+            texture = np.clip(colour + rng.uniform(-0.35, 0.35, (4, 4, 3)), 0, 1)
             sprites.append(
                 Sprite(
                     SHAPES[rng.integers(len(SHAPES))],
@@ -123,7 +123,7 @@ class SpriteWorld:
         """
         low, high = 0.22 * self.size, 0.78 * self.size
         best, best_gap = None, -1.0
-        for _ in range(8):
+        for _ in range(16):
             control = rng.uniform(low, high, (4, 2))
             u = np.linspace(0, 1, 65)[:, None]
             curve = (
@@ -159,6 +159,12 @@ class SpriteWorld:
             window = picture[y0:y1, x0:x1]
             window += alpha * (colour.clip(0, 1) - window)
         return np.rint(picture * 255).astype(np.uint8)
+
+
+def _delayed(path: np.ndarray, lag: float) -> np.ndarray:
+    """A path [T, 2] walked `lag` frames later; until then it waits at its start."""
+    frames = np.arange(len(path))
+    return np.stack([np.interp(frames - lag, frames, path[:, axis]) for axis in (0, 1)], -1).astype(np.float32)
 
 
 def _distance(sprite: Sprite, offset: np.ndarray) -> np.ndarray:

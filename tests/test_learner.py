@@ -12,7 +12,7 @@ from tiny import plans, prompts, tiny_policy
 from policy.policy import load_policy
 from policy.transition import Kernel
 from rl.fleet import FleetSpec, closing, fetch, make_fleet
-from rl.learner import Learner, LearnerSettings
+from rl.learner import Learner, LearnerSettings, freeze
 from rl.weights import install
 from rollout.group import GroupSampler, RolloutSettings
 
@@ -91,6 +91,23 @@ def test_groups_that_were_not_scored_teach_nothing(policy_path, experience):
     before = state(learner)
     learner.update(experience[0], {})
     assert distance(before, state(learner)) == 0
+
+
+def test_frozen_weights_stay_and_all_others_move(policy_path, experience):
+    learner = alone(policy_path, freeze=("*.ffn.*", "patch_embedding.*"))
+    before = state(learner)
+    learner.update(*experience)
+    moved = {name for name, after in state(learner).items() if not torch.equal(after, before[name])}
+    assert not [name for name in moved if ".ffn." in name or name.startswith("patch_embedding")]
+    assert {"proj_out.weight", "blocks.0.attn1.to_q.weight", "condition_embedder.time_proj.weight"} <= moved
+
+
+@pytest.mark.parametrize(
+    "patterns, message", [(("*.fnn.*",), r"'\*\.fnn\.\*' matches no weight"), (("*",), "nothing to train")]
+)
+def test_a_freeze_that_cannot_be_meant_is_refused(patterns, message):
+    with pytest.raises(ValueError, match=message):
+        freeze(tiny_policy().net.model, patterns)
 
 
 def test_micro_batches_leave_the_update_unchanged(policy_path, experience):

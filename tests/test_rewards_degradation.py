@@ -50,7 +50,7 @@ def test_inside_a_scene_a_ruined_clip_scores_below_a_clean_one(shipped, kind):
     clean, ruined = (
         score(shipped, lambda i, level=level: corrupt(i, kind, level), frames=frames) for level in (0, 0.9)
     )
-    assert (ruined.score < clean.score).mean() > 0.8
+    assert (ruined.score < clean.score).mean() > 0.7
 
 
 def test_legitimate_motion_is_not_degradation(shipped):

@@ -10,10 +10,12 @@ import torch
 from tiny import WORLD as SMALL
 from tiny import tiny_policy
 
-from policy.pretrain import fit_policy
+from policy.pretrain import FlowMatching, fit_policy
 from rollout.prompts import DragPrompt, PromptError
+from rollout.sampler import Sampler
+from rollout.seeds import torch_generator
 from rollout.sprites import SPLITS, SpriteWorld
-from rollout.teaching import example_batches
+from rollout.teaching import Teaching, example_batches, own_history
 
 WORLD = SpriteWorld()
 
@@ -46,7 +48,7 @@ def test_tracks_are_the_centres_of_the_drawn_sprites():
 
 def test_a_drag_is_visible_where_no_other_sprite_lies_over_its_centre():
     hidden = 0
-    for index in range(150):
+    for index in range(500):
         scene = WORLD._scene("train", index)
         _, visible = scene.tracks()
         for n, sprite in enumerate(scene.dragged):
@@ -89,15 +91,13 @@ def test_the_true_video_starts_with_the_given_frame():
         np.testing.assert_array_equal(visible, prompt.visible)
 
 
-def test_sprites_that_follow_by_a_share_fall_short_of_the_drag():
-    index = next(i for i in range(99) if WORLD.prompt("train", i).tracks.shape[1] == 1)
-    truth, tracks, _ = WORLD.sample("train", index)
-    short, same, _ = WORLD.sample("train", index, follow=0.5)
+def test_sprites_that_lag_are_where_they_should_have_been_before():
+    truth, tracks, _ = WORLD.sample("train", 3)
+    late, same, _ = WORLD.sample("train", 3, lag=2.0)
     np.testing.assert_array_equal(same, tracks)
-    np.testing.assert_array_equal(short[0], truth[0])
-    np.testing.assert_array_equal(WORLD.sample("train", index, follow=0.0)[0], truth[[0] * len(truth)])
-    moved = [np.abs(video.astype(int) - truth[0]).any(-1) for video in (short, truth)]
-    assert (short[4:] != truth[4:]).any() and moved[0][-1].sum() < moved[1][-1].sum()
+    np.testing.assert_array_equal(late, truth[[0, 0, *range(len(truth) - 2)]])
+    between, _, _ = WORLD.sample("train", 3, lag=1.5)
+    assert (between[4] != late[4]).any() and (between[4] != truth[3]).any()
 
 
 def test_a_prompt_of_another_world_has_no_truth_here():
@@ -157,13 +157,33 @@ def test_an_invisible_point_may_leave_the_picture():
 
 def test_the_policy_learns_from_the_worlds_examples():
     policy = tiny_policy()
-    examples = example_batches(policy, SMALL, batch=4, pool=32, fresh=1, follow=(1.0, 1.0), seed=0)
-    (latents, control), (others, _) = islice(examples, 2)
+    examples = example_batches(policy, SMALL, Teaching(batch=4, pool=32, fresh=1), seed=0)
+    (latents, control, history), (others, _, _) = islice(examples, 2)
     assert latents.shape == (4, 8, 9, 4, 4) and control.shape == (4, 10, 9, 4, 4)
-    assert not torch.equal(latents, others)
+    assert not torch.equal(latents, others) and history is latents
     before = policy.state_dict()["proj_out.weight"].clone()
     losses = []
-    fit_policy(policy, examples, steps=52, lr=3e-3, muon_lr=0.02, ema=0.9, context_noise=0.1, on_schedule=0.7,
-               report=lambda step, r: losses.append(r["loss"]), seed=0)  # fmt: skip
+    settings = FlowMatching(steps=52, lr=3e-3, muon_lr=0.02, ema=0.9, context_noise=0.1, on_schedule=0.7)
+    fit_policy(policy, examples, settings, report=lambda step, r: losses.append(r["loss"]), seed=0)
     assert losses[-1] < 0.7 * losses[0]
     assert (policy.state_dict()["proj_out.weight"] - before).abs().max() > 1e-3
+
+
+def test_an_own_history_is_what_the_policy_streams():
+    policy = tiny_policy()
+    sampler, prompts = Sampler(policy), [SMALL.prompt("train", i) for i in range(2)]
+    stream, first = sampler.begin(prompts)
+    history = own_history(policy, first, stream.control, torch_generator("h"))
+    noise, video = torch_generator("h"), []
+    while stream.block < len(policy.sizes):
+        x = torch.randn(
+            2, *policy.latent_shape[:1], policy.sizes[stream.block], *policy.latent_shape[1:], generator=noise
+        )
+        x = sampler.finish(stream, x, 0, ())
+        video.append(x)
+        stream = sampler.append(stream, x)
+    torch.testing.assert_close(history, torch.cat((first, *video), 2), rtol=0, atol=1e-6)
+    examples = example_batches(policy, SMALL, Teaching(4, 32, 1, own_history=True), seed=0)
+    latents, _, own = next(examples)
+    assert own.shape == latents.shape and torch.equal(own[:, :, 0], latents[:, :, 0])
+    assert not torch.allclose(own[:, :, 1:], latents[:, :, 1:])
