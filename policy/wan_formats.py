@@ -5,7 +5,7 @@
     original      the same files in the names of Wan's own repository (blocks.0.self_attn.q.weight, head.head.weight)
     self_forcing  a .pt of Self-Forcing: {"generator_ema" | "generator" | "model": {"model." + original name: tensor}}
 
-What a file is follows from its content, never from its name. No pickled code is run: safetensors, or torch.load with
+What a file is follows from its content, not from its name. No pickled code is run: safetensors, or torch.load with
 weights_only.
 """
 
@@ -200,10 +200,11 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if index := sorted(folder.glob(f"{_WEIGHTS}*.index.json")):
-        shards = _read_json(index[0]).get("weight_map", {})
-        return [folder / name for name in sorted(set(shards.values()))]
-    files = sorted(folder.glob(f"{_WEIGHTS}*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    files = files or sorted(folder.glob("*.pt"))
+        if shards := _read_json(index[0]).get("weight_map"):
+            return [folder / name for name in sorted(set(shards.values()))]
+        raise WeightsError(f"{index[0]} names no file of weights; restore it")
+    patterns = (f"{_WEIGHTS}*.safetensors", "*.safetensors", "*.pt")
+    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
     if len(files) != 1:
         raise WeightsError(f"{folder} holds {len(files)} files of weights and no index; name the one to read")
     return files
@@ -220,9 +221,10 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 if isinstance(state, dict) and isinstance(state.get(entry), dict):
                     state = state[entry]
                     break
-            if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            entries = state.items() if isinstance(state, dict) else []
+            if not entries or not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in entries):
                 raise WeightsError(f"{file} holds no weights under generator_ema, generator or model; choose another")
-            yield from state.items()
+            yield from entries
         else:
             with safe_open(file, framework="pt", backend="pread") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a mapping)

@@ -101,6 +101,9 @@ def test_shards_of_stock_diffusers_are_read_and_a_lost_one_is_named(tmp_path):
     shards[1].unlink()
     with pytest.raises(WeightsError, match=shards[1].name):
         read_wan(tmp_path)
+    next((tmp_path / "transformer").glob("*.index.json")).write_text("{}")
+    with pytest.raises(WeightsError, match=r"index\.json names no file of weights"):
+        read_wan(tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model._fsdp_wrapped_module.", "model.diffusion_model.", ""])
@@ -275,8 +278,9 @@ def test_pickled_code_is_refused_and_not_run(tmp_path):
     assert mark.exists()
 
 
-def test_a_checkpoint_without_a_generator_is_refused(tmp_path):
-    torch.save({"critic": {}, "step": 3}, tmp_path / "wan.pt")
+@pytest.mark.parametrize("content", [{"critic": {}, "step": 3}, {0: torch.zeros(2)}, {"generator": {}}, torch.zeros(2)])
+def test_a_checkpoint_without_a_generator_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "wan.pt")
     with pytest.raises(WeightsError, match="no weights under generator_ema, generator or model"):
         read_wan(tmp_path / "wan.pt")
 
