@@ -21,7 +21,7 @@ from rich.console import Console
 from jobs.cli import ROOT, ConfigError, job
 from jobs.plugins import make_terms
 from rewards.battery import LEVELS, SHIFTS, Stage
-from rewards.doctor import Limits, diagnose, examine
+from rewards.doctor import Limits, check_accept, diagnose, examine
 from rl.doctor_report import Checkup, print_checkup, summary, write_page
 from rl.run_folder import RunFolder
 from rollout.doctored import duplicated, shifted, vanished
@@ -58,6 +58,7 @@ def main(config: CheckRewardConfig) -> None:
         if not holds:
             raise ConfigError(message)
     terms, console = make_terms(config.rewards), Console()
+    check_accept(terms, config.accept)
     shipped = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/rewards/default.yaml"))
     others = make_terms({name: spec for name, spec in shipped.items() if name not in config.rewards})
     world = SpriteWorld()

@@ -139,14 +139,9 @@ def diagnose(
 
     found: by name, of these terms and of any others that they are to be compared with. accept: by subject and check
     (of the mix also by hack), the reason why a failure is as it should be.
-    Raises RewardError naming a subject or check in `accept` that does not exist.
+    Raises what `check_accept` raises.
     """
-    names = {MIX, *(term.name for term in terms)}
-    for subject, reasons in accept.items():
-        for check in reasons:
-            if subject not in names or check not in (*CHECKS, *HACKS):
-                known = f"{', '.join(sorted(names))}; a check is one of {', '.join((*CHECKS, *HACKS))}"
-                raise RewardError(f"accept.{subject}.{check}: a subject is one of {known}")
+    check_accept(terms, accept)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # means over clips that no term scored are NaN, as they should
         verdicts = [verdict for term in terms for verdict in _of_term(term, found, limits)]
@@ -158,6 +153,18 @@ def diagnose(
         else v
         for v in verdicts
     ]
+
+
+def check_accept(terms: Sequence[Term], accept: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises RewardError naming a subject or check in `accept` that does not exist."""
+    names = (MIX, *(term.name for term in terms))
+    for subject, reasons in accept.items():
+        for check in reasons:
+            if subject not in names or check not in (*CHECKS, *HACKS):
+                raise RewardError(
+                    f"accept.{subject}.{check}: a subject is one of {', '.join(names)}; "
+                    f"a check is one of {', '.join((*CHECKS, *HACKS))}"
+                )
 
 
 def _of_term(term: Term, found: Mapping[str, Examination], limits: Limits) -> Iterator[Verdict]:
@@ -247,9 +254,8 @@ def _score(term: Term, batch: RewardBatch) -> np.ndarray:
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
     """The largest, infinite where one of them was scored and the other not."""
-    if (np.isnan(a) != np.isnan(b)).any():
-        return np.inf
-    return float(np.nanmax(np.abs(a - b), initial=0))
+    differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+    return float(np.nan_to_num(np.abs(a[differ] - b[differ]), nan=np.inf).max(initial=0))
 
 
 def _ladder(e: Examination) -> tuple[np.ndarray, str]:
