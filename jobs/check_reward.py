@@ -21,7 +21,7 @@ from rich.console import Console
 from jobs.cli import ROOT, ConfigError, job
 from jobs.plugins import make_terms
 from rewards.battery import LEVELS, SHIFTS, Stage
-from rewards.doctor import Limits, check_accept, diagnose, examine
+from rewards.doctor import MIX, Limits, check_accept, diagnose, examine
 from rl.doctor_report import Checkup, print_checkup, summary, write_page
 from rl.run_folder import RunFolder
 from rollout.doctored import duplicated, shifted, vanished
@@ -48,10 +48,8 @@ class CheckRewardConfig:
 def main(config: CheckRewardConfig) -> None:
     rules = [
         (config.rewards, "rewards: there is nothing to check; add +rewards.mine.fn=mine.py:judge"),
-        (
-            config.scenes >= 2,
-            f"scenes={config.scenes}: at least 2 are needed, clips might influence each other",
-        ),
+        (MIX not in config.rewards, f"rewards.{MIX}: the name stands for all terms together; take another"),
+        (config.scenes >= 2, f"scenes={config.scenes}: at least 2 are needed to see clips influence each other"),
         (config.replicas >= 2, f"replicas={config.replicas}: at least 2 are needed to see noise"),
     ]
     for holds, message in rules:

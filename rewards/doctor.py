@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from rewards.battery import HACKS, SHIFTS, Stage, batch_of
-from rewards.contract import RewardBatch, RewardError, as_output
+from rewards.contract import RewardBatch, RewardError, RewardOutput, as_output
 from rewards.terms import Term, policy_fault
 
 MIX = "mix"
@@ -49,10 +49,10 @@ class Examination:
     """What one term said of S stages.
 
     scores: float32 [S, E], of ENTRIES; group: float32 [S, L, R], of `Stage.group`; both as shares of the range, 0 the
-    worst, a policy fault at 0 as in a training, NaN = not scored. lowest, highest: of the raw scores. unscored: share
-    of NaN. repeat: largest difference, as a share of the range, between the scores of a clip that is scored twice;
-    company: of one that is scored among others and alone. ms: per video, wall clock. fault: what the term raised, ""
-    if nothing; the other fields are then NaN.
+    worst, a policy fault at 0 as in a training, NaN = not scored. lowest, highest: of the raw scores, of the frames
+    where frames are scored. unscored: share of NaN. repeat: largest difference, as a share of the range, between the
+    scores of a clip that is scored twice; company: of one that is scored alone and among others. ms: per video, wall
+    clock. fault: what the term raised, "" if nothing; the other fields are then NaN.
     """
 
     scores: np.ndarray
@@ -90,33 +90,34 @@ def examine(term: Term, stages: Sequence[Stage]) -> Examination:
     scores = np.full((len(stages), size), np.nan, np.float32)
     group = np.full((len(stages), *replicas), np.nan, np.float32)
     low, high = term.range
-    raw, seconds = [], 0.0
+    outputs, seconds = [], 0.0
     try:
         for s, stage in enumerate(stages):
             clips = [*stage.battery().values(), *np.concatenate(stage.group())]
             batch = _batch(term, [stage] * len(clips), clips)
             started = time.perf_counter()
-            raw.append(_score(term, batch))
+            outputs.append(_judge(term, batch))
             seconds += time.perf_counter() - started
-            share = (np.where(policy_fault(batch), low, raw[-1]) - low) / (high - low)
+            share = (np.where(policy_fault(batch), low, outputs[-1].score) - low) / (high - low)
             scores[s], group[s] = share[:size], share[size:].reshape(replicas)
         own, other = (list(stage.battery().values()) for stage in stages[:2])
-        once, twice = (_score(term, _batch(term, stages[:1] * size, own)) for _ in range(2))
-        alone = np.concatenate([_score(term, _batch(term, stages[:1], [video])) for video in own])
+        once, twice = (_judge(term, _batch(term, stages[:1] * size, own)).score for _ in range(2))
+        alone = np.concatenate([_judge(term, _batch(term, stages[:1], [video])).score for video in own])
         both = [video for pair in zip(other, own) for video in pair]
-        among = _score(term, _batch(term, [stages[1], stages[0]] * size, both))[1::2]
+        among = _judge(term, _batch(term, [stages[1], stages[0]] * size, both)).score[1::2]
     except Exception as error:  # a user's reward may raise anything; the verdict says what
-        return Examination(scores, group, fault=f"{type(error).__name__}: {error}")
-    values = np.concatenate(raw)
+        return Examination(scores, group, fault=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+    unscored = np.isnan(np.concatenate([o.score for o in outputs]))
+    values = np.concatenate([np.ravel(o.score if o.frame_score is None else o.frame_score) for o in outputs])
     return Examination(
         scores,
         group,
         lowest=float(np.nanmin(values, initial=np.inf)),
         highest=float(np.nanmax(values, initial=-np.inf)),
-        unscored=float(np.isnan(values).mean()),
+        unscored=float(unscored.mean()),
         repeat=_difference(once, twice) / (high - low),
         company=max(_difference(once, alone), _difference(once, among)) / (high - low),
-        ms=1000 * seconds / len(values),
+        ms=1000 * seconds / len(unscored),
     )
 
 
@@ -247,9 +248,9 @@ def _batch(term: Term, stages: Sequence[Stage], videos: Sequence[np.ndarray]) ->
     return batch
 
 
-def _score(term: Term, batch: RewardBatch) -> np.ndarray:
-    """float32 [B], in any range: what lies outside the declared one is a verdict, not an error."""
-    return as_output(term.fn(batch), batch, term.name, (-np.inf, np.inf)).score
+def _judge(term: Term, batch: RewardBatch) -> RewardOutput:
+    """In any range: what lies outside the declared one is a verdict, not an error."""
+    return as_output(term.fn(batch), batch, term.name, (-np.inf, np.inf))
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:

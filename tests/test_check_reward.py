@@ -48,6 +48,14 @@ def test_a_bad_reward_fails_and_the_hack_is_named(tmp_path, capsys):
     assert any(v["check"] == "vanishing" and v["status"] == "fail" for v in summary["verdicts"])
 
 
+def test_a_reward_that_raises_is_reported_like_any_other_failure(tmp_path):
+    (tmp_path / "mine.py").write_text("def judge(batch):\n    return 1 / 0\n")
+    status, summary = check(tmp_path / "run", "rewards=none", f"+rewards.mine.fn={tmp_path / 'mine.py'}:judge")
+    assert status == 2 and summary["verdicts"] == [
+        {"subject": "mine", "check": "runs", "status": "fail", "text": "ZeroDivisionError: division by zero"}
+    ]
+
+
 def test_a_reward_beside_the_shipped_ones_is_compared_with_them(tmp_path, monkeypatch):
     (tmp_path / "own_module.py").write_text(CLASS)
     monkeypatch.syspath_prepend(tmp_path)
@@ -63,6 +71,7 @@ def test_a_reward_beside_the_shipped_ones_is_compared_with_them(tmp_path, monkey
     ("overrides", "named"),
     [
         (["rewards=none"], "rewards: there is nothing to check"),
+        (["+rewards.mix.fn=mine.py:judge"], "rewards.mix"),
         (["scenes=1"], "scenes=1"),
         (["replicas=1"], "replicas=1"),
         (["+rewards.mine.fn=no_such_module:judge"], "no_such_module"),

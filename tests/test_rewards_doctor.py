@@ -83,6 +83,11 @@ def test_scores_outside_the_declared_range_are_named():
     assert "range" in failed(Term("tenfold", tenfold))
     wide = verdicts(Term("tenfold", tenfold, range=(0.0, 10.0)))
     assert wide["tenfold", "range"].status == "pass" and wide["tenfold", "range"].text.endswith("of 0..10")
+
+    def spiky(batch):  # in range on the mean, not in every frame, which a training would refuse
+        return np.tile([0.0, 0.0, 1.5], (len(batch), 5))[:, : batch.scored.shape[1]]
+
+    assert "range" in failed(Term("spiky", spiky))
     assert "range" in failed(Term("endless", lambda batch: np.full(len(batch), np.inf)))
 
 
