@@ -5,6 +5,7 @@ Everything is drawn analytically at sub-pixel positions, so the tracks are exact
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import cv2
@@ -90,6 +91,13 @@ class SpriteWorld:
         scene = self._scene(split, index)
         late = replace(scene, dragged=tuple(replace(s, path=_delayed(s.path, lag)) for s in scene.dragged))
         return self._film(late), scene.tracks()[0], late.tracks()[1]
+
+    def render(self, split: str, index: int, edit: Callable[[Scene], Scene] = lambda scene: scene) -> np.ndarray:
+        """The video of the scene that `edit` makes of the true one, uint8 [T, H, W, 3]; frame 0 stays the given one."""
+        scene = self._scene(split, index)
+        video = self._film(edit(scene))
+        video[0] = self._draw(scene, 0)
+        return video
 
     def _scene(self, split: str, index: int) -> Scene:
         rng = np.random.default_rng(seed_of("sprites", self.seed, index) * len(SPLITS) + SPLITS.index(split))
