@@ -44,13 +44,18 @@ def blurred(index, sigma):
     return np.stack([video[0], *later])
 
 
-@pytest.mark.parametrize("kind", TRAINED)
+HOLE = pytest.mark.xfail(
+    strict=True, reason="on a smooth ground the scorer tells only three holes in four; see its card"
+)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=HOLE) if kind == "hole" else kind for kind in TRAINED])
 def test_inside_a_scene_a_ruined_clip_scores_below_a_clean_one(shipped, kind):
     frames = [10, 11, 12]
     clean, ruined = (
         score(shipped, lambda i, level=level: corrupt(i, kind, level), frames=frames) for level in (0, 0.9)
     )
-    assert (ruined.score < clean.score).mean() > 0.7
+    assert (ruined.score < clean.score).mean() > 0.8
 
 
 def test_legitimate_motion_is_not_degradation(shipped):
