@@ -63,6 +63,7 @@ class TermConfig:
 @dataclass
 class LearnerConfig:
     lr: float
+    decay_iterations: int | None
     betas: list[float]
     eps: float
     weight_decay: float

@@ -59,6 +59,7 @@ class StageConfig:
     fresh: int
     lag: float
     own_history: bool
+    freeze: list[str]
 
 
 @dataclass

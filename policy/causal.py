@@ -11,6 +11,7 @@ and loading stay diffusers' own. The same weights run in four ways, which agree 
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -142,3 +143,17 @@ def widen_input(model: WanTransformer3DModel, extra: int) -> WanTransformer3DMod
     model.patch_embedding = new
     model.register_to_config(in_channels=old.in_channels + extra)
     return model
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Weights whose names match a pattern (`*`, `?`) are not trained; ValueError where one matches none, or nothing is
+    left.
+    """
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        if not (found := fnmatch.filter(names, pattern)):
+            raise ValueError(f"freeze: {pattern!r} matches no weight of the policy (say, {next(iter(names))!r})")
+        for name in found:
+            names[name].requires_grad_(False)
+    if not any(p.requires_grad for p in names.values()):
+        raise ValueError("freeze leaves nothing to train; take a pattern out")

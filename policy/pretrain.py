@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from policy.causal import freeze
 from policy.codec import ConvCodec
 from policy.policy import DragPolicy
 
@@ -70,6 +71,7 @@ class FlowMatching:
 
     context_noise: largest standard deviation of the noise on the history, which half of the videos get. on_schedule:
     share of the blocks denoised at a level of the few-step schedule; the others at s = 3u / (1 + 2u), u uniform.
+    freeze: patterns of weights that are not trained.
     """
 
     steps: int
@@ -78,6 +80,7 @@ class FlowMatching:
     ema: float
     context_noise: float
     on_schedule: float
+    freeze: tuple[str, ...] = ()
 
 
 def fit_policy(
@@ -96,6 +99,8 @@ def fit_policy(
     generator = torch.Generator().manual_seed(seed)
     net, sizes = policy.net, policy.sizes
     blocks = range(1, len(sizes))
+    net.requires_grad_(True)
+    freeze(net.model, settings.freeze)
     matrices = [p for p in net.model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in net.parameters() if all(p is not q for q in matrices)]
     optimizers = [

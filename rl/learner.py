@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 import os
 import socket
 from collections.abc import Sequence
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from policy.causal import CausalWan
+from policy.causal import CausalWan, freeze
 from policy.policy import load_policy
 from policy.transition import Kernel
 from rl.advantage import Advantages
@@ -28,8 +27,8 @@ from rollout.replay import ReplayBatch, batches
 
 @dataclass(frozen=True)
 class LearnerSettings:
-    """beta: weight of the divergence from the reference. clip: of the ratio. ema: decay of the averaged weights (0:
-    none).
+    """lr: falls linearly from this to 0 at `decay_iterations` (None: constant), so that the last steps settle.
+    beta: weight of the divergence from the reference. clip: of the ratio. ema: decay of the averaged weights (0: none).
 
     eps: of Adam; weights whose gradient is rounding alone (key biases) must not move by the learning rate.
     equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass.
@@ -38,6 +37,7 @@ class LearnerSettings:
     """
 
     lr: float
+    decay_iterations: int | None
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -52,20 +52,6 @@ class LearnerSettings:
     bf16: bool
     freeze: tuple[str, ...]
     ratio_tolerance: float
-
-
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Weights whose names match a pattern are not trained; ValueError where one matches none, or nothing is left."""
-    names = dict(model.named_parameters())
-    for pattern in patterns:
-        if not (found := fnmatch.filter(names, pattern)):
-            raise ValueError(
-                f"learner.freeze: {pattern!r} matches no weight of the policy (say, {next(iter(names))!r})"
-            )
-        for name in found:
-            names[name].requires_grad_(False)
-    if not any(p.requires_grad for p in names.values()):
-        raise ValueError("learner.freeze leaves nothing to train; take a pattern out")
 
 
 def deepspeed_config(settings: LearnerSettings, ranks: int) -> dict[str, Any]:
@@ -144,7 +130,7 @@ class Learner:
         work = [ReplayBatch(tuple(flat[i] for i in indices)) for indices in batches(flat, self.settings.micro_batch)]
         total = sum(len(replay.actions) for replay in flat)
         old: list[list[Tensor]] = []
-        stats: dict[str, float] = {}
+        stats = {"lr": self._set_lr()}
         for epoch in range(self.settings.updates_per_rollout):
             sums = torch.zeros(4)
             deviations: list[Tensor] = []
@@ -196,6 +182,13 @@ class Learner:
                 f"learner.ratio_tolerance={self.settings.ratio_tolerance:.0e}"
             )
         return deviation
+
+    def _set_lr(self) -> float:
+        s = self.settings
+        lr = s.lr * max(0.0, 1 - self.version / s.decay_iterations) if s.decay_iterations else s.lr
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
 
     def _grad_norm(self) -> float:
         """Before clipping, over all ranks. ZeRO shards gradients and knows their norm only after its step: its last

@@ -17,6 +17,7 @@ SMALL = [
     "evaluate.batch=2",
     "evaluate.strips=1",
     "train.iterations=2",
+    "learner.decay_iterations=4",
     "train.checkpoint_every=1",
     "rollout.prompts_per_iteration=2",
     "rollout.prompts_per_task=1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,16 +10,18 @@ import pytest
 import torch
 from tiny import plans, prompts, tiny_policy
 
+from policy.causal import freeze
 from policy.policy import load_policy
 from policy.transition import Kernel
 from rl.fleet import FleetSpec, closing, fetch, make_fleet
-from rl.learner import Learner, LearnerSettings, freeze
+from rl.learner import Learner, LearnerSettings
 from rl.weights import install
 from rollout.group import GroupSampler, RolloutSettings
 
 KERNEL = Kernel("cps", 0.5, 4.0)
 DEFAULTS = LearnerSettings(
     lr=1e-3,
+    decay_iterations=None,
     betas=(0.9, 0.99),
     eps=1e-6,
     weight_decay=0.0,
@@ -108,6 +111,16 @@ def test_frozen_weights_stay_and_all_others_move(policy_path, experience):
 def test_a_freeze_that_cannot_be_meant_is_refused(patterns, message):
     with pytest.raises(ValueError, match=message):
         freeze(tiny_policy().net.model, patterns)
+
+
+def test_the_learning_rate_falls_linearly_to_nothing(policy_path, experience):
+    learner = alone(policy_path, lr=1e-3, decay_iterations=2, ratio_tolerance=math.inf)
+    rates, states = [], []
+    for _ in range(3):
+        rates.append(learner.update(*experience)["lr"])
+        states.append(state(learner))
+    assert rates == [1e-3, 5e-4, 0.0]
+    assert disagreement(policy_path, states[0], states[1]) > 0 and disagreement(policy_path, states[1], states[2]) == 0
 
 
 def test_micro_batches_leave_the_update_unchanged(policy_path, experience):
