@@ -24,6 +24,8 @@ FRAMES_PER_VIDEO = 12
 KINDS = {**TRAINED, **HELD_OUT}
 COARSE_GRAIN = 0.12
 """Of every other training scene: on a smooth background some corruptions hardly show, and would not be learnt."""
+FAINT, FAINT_SHARE = ("hole", "warp"), 3.0
+"""Kinds that hardly show, and how many times as often as the others they are taught."""
 TEST_SCENES = range(1000, 1060)
 """Of split "heldout"; scenes below 1000 were looked at while the kinds and the tower were chosen."""
 
@@ -87,7 +89,8 @@ def batches(worlds: Sequence[SpriteWorld], videos: int, seed: int) -> Iterator[t
                 scene = Scene(tracks[t], tracks[0])
                 left = np.linalg.norm(tracks[t] - tracks[0], axis=-1).max() > REACH * world.size
                 kinds = [kind for kind in TRAINED if left or kind not in NEED_DEPARTURE]
-                for kind in rng.choice(kinds, rng.choice(3, p=(0.3, 0.5, 0.2)), replace=False):
+                share = np.array([FAINT_SHARE if kind in FAINT else 1.0 for kind in kinds])
+                for kind in rng.choice(kinds, rng.choice(3, p=(0.3, 0.5, 0.2)), False, share / share.sum()):
                     level = rng.random() ** 1.3
                     frame = corrupted(frame, kind, level, rng, scene)
                     clean *= 1 - level

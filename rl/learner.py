@@ -28,7 +28,7 @@ from rollout.replay import ReplayBatch, batches
 @dataclass(frozen=True)
 class LearnerSettings:
     """lr: falls linearly from this to 0 at `decay_iterations` (None: constant), so that the last steps settle.
-    beta: weight of the divergence from the reference. clip: of the ratio. ema: decay of the averaged weights (0: none).
+    beta: weight of the divergence from the reference. beta_last: the same at the last step of each block, which is never selected. clip: of the ratio. ema: decay of the averaged weights (0: none).
 
     eps: of Adam; weights whose gradient is rounding alone (key biases) must not move by the learning rate.
     equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass.
@@ -43,6 +43,7 @@ class LearnerSettings:
     weight_decay: float
     grad_clip: float
     beta: float
+    beta_last: float
     clip: float
     ema: float
     equalise_steps: bool
@@ -132,7 +133,7 @@ class Learner:
         old: list[list[Tensor]] = []
         stats = {"lr": self._set_lr()}
         for epoch in range(self.settings.updates_per_rollout):
-            sums = torch.zeros(4)
+            sums = torch.zeros(5)
             deviations: list[Tensor] = []
             for i, batch in enumerate(work):
                 v = batch.velocity(self.policy, self.engine)
@@ -152,13 +153,14 @@ class Learner:
                     stats["grad_norm"] = self._grad_norm()
                 self.engine.step()
             self._average()
-            stats |= dict(zip(("policy_loss", "kl", "clip_fraction", "ratio"), (sums / total).tolist()))
+            stats |= dict(zip(("policy_loss", "kl", "clip_fraction", "ratio", "kl_last"), (sums / total).tolist()))
         self.version += 1
         return stats
 
     def _loss(self, batch: ReplayBatch, v, v_ref, logp, old, advantages: Advantages) -> tuple[Tensor, Tensor]:
         """Sum of the loss over the batch's actions, and the sums of (policy loss, divergence, clip fraction, ratio)."""
-        loss, parts = torch.zeros(()), torch.zeros(4)
+        zero = torch.zeros(())
+        loss, parts = torch.zeros(()), torch.zeros(5)
         for j, actions in enumerate(batch.actions):
             divergence = velocity_divergence(v[j], v_ref[j])
             for r, action in enumerate(actions):
@@ -171,7 +173,11 @@ class Learner:
                     own, ratio = clipped_ratio_loss(logp[j][r], old[j][r], a, self.settings.clip)
                 loss = loss + scale * own.mean() + self.settings.beta * divergence[r]
                 clipped = ((ratio - 1).abs() > self.settings.clip).float().mean()
-                parts += torch.stack((own.mean(), divergence[r], clipped, ratio.mean())).detach().cpu()
+                parts += torch.stack((own.mean(), divergence[r], clipped, ratio.mean(), zero)).detach().cpu()
+        for j in range(len(batch.actions), len(v)):
+            last = velocity_divergence(v[j], v_ref[j]).sum()
+            loss = loss + self.settings.beta_last * last
+            parts[4] += last.detach().cpu()
         return loss, parts
 
     def _check(self, deviations: Sequence[Tensor]) -> float:
