@@ -28,7 +28,9 @@ from rollout.replay import ReplayBatch, batches
 @dataclass(frozen=True)
 class LearnerSettings:
     """lr: falls linearly from this to 0 at `decay_iterations` (None: constant), so that the last steps settle.
-    beta: weight of the divergence from the reference. beta_last: the same at the last step of each block, which is never selected. clip: of the ratio. ema: decay of the averaged weights (0: none).
+
+    beta: weight of the divergence from the reference at the selected steps; beta_last: at the last step of each block,
+    which is never selected. clip: of the ratio. ema: decay of the averaged weights (0: none).
 
     eps: of Adam; weights whose gradient is rounding alone (key biases) must not move by the learning rate.
     equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass.
