@@ -10,20 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from policy.causal import CausalWan
 from policy.codec import ConvCodec
 from policy.control import Drag, MovedWindowControl
+from policy.files import WeightsError, check_fit, read_weights
 from policy.transition import check_schedule
+from policy.wan_formats import read_wan
 
 from diffusers import WanTransformer3DModel  # isort: skip  (after policy.causal has readied torchvision)
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be loaded; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def load_policy(path: str | Path, weights: str | Path | None = None) -> DragPoli
     state = read_weights(path / "codec.safetensors")
     check_fit(codec.state_dict(), state, str(path / "codec.safetensors"))
     codec.load_state_dict(state)
-    policy = DragPolicy(settings, read_transformer(path / "transformer"), codec)
+    policy = DragPolicy(settings, read_wan(path / "transformer"), codec)
     if weights is not None:
         policy.load_state_dict(read_weights(weights), str(weights))
     return policy
@@ -132,47 +129,6 @@ def read_settings(path: str | Path) -> PolicySettings:
         raise WeightsError(f"{path} is no policy folder (no policy.json); give one written by jobs.pretrain") from None
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{file} is damaged: {error}; restore it or choose another policy.path") from error
-
-
-def read_transformer(path: Path) -> WanTransformer3DModel:
-    """A transformer in diffusers format; WeightsError naming it when a file is missing, damaged or misshapen."""
-    try:
-        transformer, info = WanTransformer3DModel.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).split(". ")[0].rstrip(".") if (path / "config.json").is_file() else "no config.json"
-        raise WeightsError(f"cannot read the transformer {path}: {reason}; restore it or choose another") from error
-    # diffusers fills what a file lacks with random numbers and goes on.
-    if info["missing_keys"] or info["unexpected_keys"]:
-        keys = sorted((*info["missing_keys"], *info["unexpected_keys"]))
-        raise WeightsError(f"{path} is not whole: {keys[0]} is missing or unknown; restore it or choose another")
-    transformer.register_to_config(_name_or_path="")  # else every copy saved names the folder it was read from
-    return transformer
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A safetensors file; WeightsError naming it when it is missing or damaged."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"cannot read weights {path}: {error}; restore the file or choose another") from error
-
-
-def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
-    """Raises WeightsError naming the source and the first entry of `state` that `own` does not have in that shape."""
-    wrong = [
-        f"{k}: {list(state[k].shape)} given, {list(own[k].shape)} needed"
-        for k in own.keys() & state.keys()
-        if state[k].shape != own[k].shape
-    ]
-    lost, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if wrong or lost or unknown:
-        what = wrong or [f"missing {k}" for k in lost] or [f"unknown {k}" for k in unknown]
-        raise WeightsError(
-            f"{source} does not fit this policy ({what[0]}; {len(wrong) + len(lost) + len(unknown)} in all); "
-            "choose the policy=... that it was trained with"
-        )
 
 
 def build_transformer(
