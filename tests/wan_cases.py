@@ -7,7 +7,7 @@ from torch import Tensor
 
 from policy.causal import CausalWan  # noqa: F401  (readies torchvision for diffusers)
 
-from diffusers import WanTransformer3DModel  # isort: skip
+from diffusers import AutoencoderKLWan, WanTransformer3DModel  # isort: skip
 
 SHAPE = {
     "num_attention_heads": 2,
@@ -50,3 +50,11 @@ def same(a: WanTransformer3DModel, b: WanTransformer3DModel) -> bool:
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
     )
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderKLWan:
+    """A Wan autoencoder of the real class and strides (8 in space, 4 in time) with 4 channels."""
+    torch.manual_seed(seed)
+    return AutoencoderKLWan(
+        base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[-0.7, 0.1, 0.9, -0.2], latents_std=[2.8, 1.4, 0.7, 1.1]
+    ).eval()
