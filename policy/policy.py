@@ -113,7 +113,9 @@ def load_policy(path: str | Path, weights: str | Path | None = None) -> DragPoli
     state = read_weights(path / "codec.safetensors")
     check_fit(codec.state_dict(), state, str(path / "codec.safetensors"))
     codec.load_state_dict(state)
-    policy = DragPolicy(settings, read_wan(path / "transformer"), codec)
+    transformer = read_wan(path / "transformer")
+    transformer.register_to_config(_name_or_path="")  # as from_pretrained does, whose files these are to the byte
+    policy = DragPolicy(settings, transformer, codec)
     if weights is not None:
         policy.load_state_dict(read_weights(weights), str(weights))
     return policy

@@ -125,7 +125,6 @@ def read_wan(
         with init_empty_weights(include_buffers=False):
             model = WanTransformer3DModel.from_config(architecture)
         model.load_state_dict(state, assign=True)
-        model.register_to_config(_name_or_path="")  # as from_pretrained has it; no copy names the folder it is from
     except (RuntimeError, TypeError, ValueError) as error:
         reason = textwrap.shorten(" ".join(str(error).splitlines()[1:]) or str(error), 300, placeholder=" ...")
         beside = f"is not what {config} describes" if config.exists() else "is not whole"
