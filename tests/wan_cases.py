@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from policy.causal import CausalWan  # noqa: F401  (readies torchvision for diffusers)
 
@@ -58,3 +61,15 @@ def tiny_vae(seed: int = 0) -> AutoencoderKLWan:
     return AutoencoderKLWan(
         base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[-0.7, 0.1, 0.9, -0.2], latents_std=[2.8, 1.4, 0.7, 1.1]
     ).eval()
+
+
+def write_text_encoder(folder: Path, dim: int = 8, seed: int = 0) -> None:
+    """text_encoder/ and tokenizer/ of a diffusers folder: a random UMT5, and T5's kind of unigram tokenizer."""
+    words = ["▁a", "▁cat", "▁dog", "▁walks", "▁left", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    tokenizer = T5Tokenizer([*special, *((w, -1.0 - i / 10) for i, w in enumerate(words))], extra_ids=2)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    torch.manual_seed(seed)
+    shape = {"d_model": dim, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    config = UMT5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **shape)
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
