@@ -67,6 +67,9 @@ class WanCodec(nn.Module):
         closed = tuple(part if isinstance(part, Tensor) else None for part in memory)
         return torch.cat(frames, 2).float().clamp(-1, 1), closed
 
+    def save(self, folder: Path) -> None:
+        self.vae.save_pretrained(folder / "vae")
+
 
 def _opened(state: CodecState, part: nn.Module) -> list[Tensor | str | None]:
     """The list that diffusers' encoder and decoder fill, one entry a causal convolution; entries are replaced, their
