@@ -7,12 +7,12 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from safetensors.torch import load_file, save_file
 from tiny import difference, noise
-from wan_cases import tiny_vae
+from wan_cases import FEW, tiny_vae
 
 from policy.files import WeightsError
 from policy.wan_codec import WanCodec, read_codec
 
-VAE = tiny_vae()
+VAE = tiny_vae(**FEW)
 CODEC = WanCodec(VAE)
 VIDEO = noise(2, 3, 13, 24, 32).clamp(-1, 1)
 MEAN, STD = (torch.tensor(VAE.config[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))

@@ -3,13 +3,13 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import difference, noise
-from wan_cases import tiny_vae
+from wan_cases import FEW, tiny_vae
 
 from policy.control import Drag
 from policy.wan_codec import WanCodec
 from policy.wan_control import BACKGROUNDS, FEATURES, WanControl
 
-CODEC = WanCodec(tiny_vae()).requires_grad_(False)
+CODEC = WanCodec(tiny_vae(**FEW)).requires_grad_(False)
 SIGMA, WINDOW = 6.0, 9.0
 HEIGHT, WIDTH, FRAMES = 48, 64, 13  # 6 x 8 cells, 4 latent frames
 
