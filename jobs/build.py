@@ -70,12 +70,16 @@ def validate(c: TrainConfig) -> Settings:
             any(t.role == "train" for t in terms.values()),
             "rewards: no term has role: train, nothing would be learnt",
         ),
-        (c.prompts.kind in ("sprites", "folder"), f"prompts.kind={c.prompts.kind} must be sprites or folder"),
+        (
+            c.prompts.kind in ("sprites", "folder", "table"),
+            f"prompts.kind={c.prompts.kind} must be sprites, folder or table",
+        ),
         (
             c.prompts.kind != "sprites" or isinstance(settings.size, int),
             f"prompts=sprites are square, but the policy's pictures are {settings.size}",
         ),
         (c.prompts.kind != "folder" or c.prompts.path, "prompts.path is missing: the folder with prompts.jsonl"),
+        (c.prompts.kind != "table" or c.prompts.path, "prompts.path is missing: the Parquet or the dataset on disk"),
         (
             c.train.iterations >= 1 and c.train.checkpoint_every >= 1,
             "train.iterations and train.checkpoint_every must be at least 1",
