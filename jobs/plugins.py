@@ -20,7 +20,7 @@ from rollout.sprites import SpriteWorld
 from rollout.tables import TablePrompts
 
 
-def make_source(kind: str, path: str | None, world_seed: int, size: int, frames: int) -> PromptSource:
+def make_source(kind: str, path: str | None, world_seed: int, size: int | tuple[int, int], frames: int) -> PromptSource:
     if kind == "folder":
         return FolderPrompts(Path(path).resolve(), size, frames)
     if kind == "table":

@@ -50,18 +50,18 @@ class FolderPrompts:
         {"image": "cat.png", "text": "a cat", "tracks": [[[x, y], ...T], ...N], "visible": [[true, ...T], ...N],
          "split": "heldout"}
 
-    Coordinates are pixels of the given image, pixel centres lie at integers. The largest centred square of the image
-    is cut out and resized to `size` x `size`, its tracks with it; a visible point outside that square is an error.
+    Coordinates are pixels of the given image, pixel centres lie at integers. The largest centred part of the image
+    that has the shape of `size` is cut out and resized to it, its tracks with it; a visible point outside is an error.
     Text defaults to "", visible to all true, split to "train". The resized pictures are kept in memory.
 
     Index i of a split is row i modulo the number of rows of that split; rows are held out (`Splits`) by
     `"split": "heldout"`. If none is, `has_heldout` is False and held-out figures describe the training prompts.
 
-    size: side of the square picture, px. frames: T, the length of a video and of every track.
+    size: side of a square picture, or (height, width), px. frames: T, the length of a video and of every track.
     Raises PromptError naming file and line at the first thing that is wrong.
     """
 
-    def __init__(self, path: str | Path, size: int, frames: int) -> None:
+    def __init__(self, path: str | Path, size: int | tuple[int, int], frames: int) -> None:
         self.path, self.size, self.frames = Path(path), size, frames
         listing = self.path / "prompts.jsonl"
         if not listing.is_file():
@@ -104,31 +104,35 @@ class FolderPrompts:
             raise PromptError(f'split must be "train" or "heldout", not {split!r}')
         tracks = read_tracks(row["tracks"], self.frames)
         visible = read_visible(row.get("visible"), self.frames, tracks.shape[1])
-        frame, tracks = fit_square(read_picture(self.path, row["image"]), tracks, visible, self.size)
+        frame, tracks = fit(read_picture(self.path, row["image"]), tracks, visible, self.size)
         return split, frame, text, tracks, visible
 
 
-def fit_square(
-    picture: np.ndarray, tracks: np.ndarray, visible: np.ndarray, size: int
+def fit(
+    picture: np.ndarray, tracks: np.ndarray, visible: np.ndarray, size: int | tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The centre square of the picture, uint8 [size, size, 3], and the tracks in its pixels, float32 [T, N, 2]."""
+    """The largest centred part of the picture that has the shape of `size`, resized to it: uint8 [H, W, 3], and the
+    tracks in its pixels, float32 [T, N, 2]. size: side of a square, or (H, W), px.
+    """
     height, width = picture.shape[:2]
-    side = min(height, width)
-    x0, y0 = corner = np.array([(width - side) // 2, (height - side) // 2])
-    inside = ((tracks >= corner) & (tracks <= corner + side - 1)).all(-1)
+    rows, columns = size if isinstance(size, tuple) else (size, size)
+    part = np.array([min(width, round(height * columns / rows)), min(height, round(width * rows / columns))])
+    x0, y0 = corner = (np.array([width, height]) - part) // 2
+    x1, y1 = corner + part - 1
+    inside = ((tracks >= corner) & (tracks <= (x1, y1))).all(-1)
     if not (inside | ~visible).all():
         t, n = np.argwhere(~inside & visible)[0]
         x, y = tracks[t, n]
+        shape = "square" if rows == columns else f"part of the shape {columns}x{rows}"
         raise PromptError(
-            f"track {n} is at ({x:g}, {y:g}) in frame {t}, outside the centre square {x0} <= x <= {x0 + side - 1}, "
-            f"{y0} <= y <= {y0 + side - 1} of the {width}x{height} image; move it, or mark it invisible there"
+            f"track {n} is at ({x:g}, {y:g}) in frame {t}, outside the centre {shape} {x0} <= x <= {x1}, "
+            f"{y0} <= y <= {y1} of the {width}x{height} image; move it, or mark it invisible there"
         )
-    square = picture[y0 : y0 + side, x0 : x0 + side]
-    interpolation = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
-    frame = cv2.resize(square, (size, size), interpolation=interpolation)
-    scaled = (tracks - corner + 0.5) * (size / side) - 0.5
+    interpolation = cv2.INTER_AREA if part[0] > columns else cv2.INTER_CUBIC
+    frame = cv2.resize(picture[y0 : y1 + 1, x0 : x1 + 1], (columns, rows), interpolation=interpolation)
+    scaled = (tracks - corner + 0.5) * ((columns, rows) / part) - 0.5
     # The centre of a border pixel can fall up to half a pixel outside the centres of the smaller picture.
-    scaled = np.where(inside[..., None], scaled.clip(0, size - 1), scaled)
+    scaled = np.where(inside[..., None], scaled.clip(0, (columns - 1, rows - 1)), scaled)
     return frame, scaled.astype(np.float32)
 
 

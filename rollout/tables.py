@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
-from rollout.folder import Splits, decode_picture, fit_square, read_picture, read_tracks, read_visible
+from rollout.folder import Splits, decode_picture, fit, read_picture, read_tracks, read_visible
 from rollout.prompts import DragPrompt, PromptError
 from rollout.seeds import numpy_generator
 
@@ -48,11 +48,11 @@ class TablePrompts:
     At the start only the columns' types and `split` are read. A row is read and checked when it is sampled, from a
     memory map (datasets) or with its row group (Parquet), of which one is kept in memory.
 
-    size: side of the square picture, px. frames: T. seed: of the draw of held-out rows.
+    size: side of a square picture, or (height, width), px. frames: T. seed: of the draw of held-out rows.
     Raises PromptError naming the file, and the row counted from 0 in that file, at the first thing that is wrong.
     """
 
-    def __init__(self, path: str | Path, size: int, frames: int, seed: int = 0) -> None:
+    def __init__(self, path: str | Path, size: int | tuple[int, int], frames: int, seed: int = 0) -> None:
         self.path, self.size, self.frames = Path(path), size, frames
         listed = list(_list_files(self.path))
         self.files = [_open(file) for file, _ in listed]
@@ -95,7 +95,7 @@ class TablePrompts:
         visible = row.get("visible")
         visible = None if visible is None else self._by_point("visible", visible)
         visible = read_visible(visible, self.frames, tracks.shape[1])
-        frame, tracks = fit_square(_picture(row["image"], folder), tracks, visible, self.size)
+        frame, tracks = fit(_picture(row["image"], folder), tracks, visible, self.size)
         return frame, row.get("text") or "", tracks, visible
 
     def _by_point(self, name: str, values: list | None) -> list[list]:
