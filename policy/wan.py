@@ -92,7 +92,7 @@ def read_parts(path: Path, s: WanSettings) -> tuple[WanTransformer3DModel, WanCo
     A T2V transformer is given the control channels, zero-initialised; an I2V one of 36 channels is taken as it is.
     Raises WeightsError naming what is missing, damaged, or does not go together.
     """
-    base = path if s.base is None else Path(s.base)
+    base = Path(s.base or path)
     vae = path / "vae" if (path / "vae").is_dir() else base / "vae"
     if not vae.is_dir():
         raise WeightsError(f"{base} holds no vae/; give policy.wan.base, a folder of Wan2.1 in diffusers layout")
@@ -104,5 +104,9 @@ def read_parts(path: Path, s: WanSettings) -> tuple[WanTransformer3DModel, WanCo
         raise WeightsError(f"{path} makes {config.out_channels} channels, but {vae} reads {codec.channels}")
     if config.image_dim is not None:
         raise WeightsError(f"{path} reads CLIP features of the first frame; choose a Wan without that branch")
-    text = WanText(s.text_cache, s.text_length, config.text_dim, base, DTYPES[s.dtype])
-    return transformer, codec, control, text
+    return transformer, codec, control, read_texts(path, s, config.text_dim)
+
+
+def read_texts(path: str | Path, s: WanSettings, dim: int | None = None, device: str = "cpu") -> WanText:
+    """The text embeddings of a Wan. dim: what its transformer reads, where that is to be checked."""
+    return WanText(s.text_cache, s.text_length, dim, s.base or path, DTYPES[s.dtype], device)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from policy.files import WeightsError
 from torchvision_cpu import ensure_torchvision
@@ -30,7 +31,7 @@ BATCH = 8
 class WanText:
     """A `TextEncoder` over a cache folder that belongs to one encoder; its encoder.json says to which.
 
-    cache: folder, made when it is missing. length: tokens L. dim: of the transformer's text input. folder: holds
+    cache: folder, made when it is missing. length: tokens L. dim: what the transformer reads, None: any. folder: holds
     text_encoder/ and tokenizer/ in diffusers layout; None, or a folder without them: only cached texts. dtype, device:
     where and how the encoder runs. Raises WeightsError where the cache is another encoder's.
     """
@@ -39,7 +40,7 @@ class WanText:
         self,
         cache: str | Path,
         length: int,
-        dim: int,
+        dim: int | None,
         folder: str | Path | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
@@ -58,22 +59,26 @@ class WanText:
 
         Raises WeightsError naming the text that is not cached where there is no encoder.
         """
-        missing = [text for text in dict.fromkeys(texts) if not self._file(text).is_file()]
-        if missing:
+        if missing := self.missing(texts):
             self._encode(missing)
         rows = [self._read(text) for text in texts]
-        return torch.stack([torch.cat((r, r.new_zeros(self.length - len(r), self.dim))) for r in rows])
+        return torch.stack([F.pad(r, (0, 0, 0, self.length - len(r))) for r in rows])
+
+    def missing(self, texts: Sequence[str]) -> list[str]:
+        """Those that are not cached yet, each once."""
+        return [text for text in dict.fromkeys(texts) if not self._file(text).is_file()]
 
     def put(self, text: str, embedding: Tensor) -> None:
         """Caches an embedding [n, dim] or [L, dim] that was made elsewhere; rows of zeros at its end are padding."""
-        if embedding.ndim != 2 or embedding.shape[1] != self.dim or len(embedding) > self.length:
-            need = f"at most {self.length} rows of {self.dim}"
+        dim = self.dim or embedding.shape[-1]
+        if embedding.ndim != 2 or embedding.shape[1] != dim or len(embedding) > self.length:
+            need = f"at most {self.length} rows of {dim}"
             raise WeightsError(f"the embedding of {text!r} is {list(embedding.shape)}, not {need}; give another")
         if self.identity is None:
             self.identity = "given"
         self.cache.mkdir(parents=True, exist_ok=True)
         if self._recorded() is None:
-            record = {"encoder": self.identity, "length": self.length, "dim": self.dim}
+            record = {"encoder": self.identity, "length": self.length, "dim": dim}
             _write(self.cache / "encoder.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
         used = embedding.ne(0).any(1).nonzero()
         rows = embedding[: int(used.max()) + 1 if len(used) else 0].contiguous().cpu()
@@ -105,7 +110,7 @@ class WanText:
             rows = load_file(file)["embedding"]
         except (SafetensorError, OSError, KeyError) as error:
             raise WeightsError(f"cannot read the embedding {file}: {error}; remove it to have it made again") from error
-        if rows.ndim != 2 or rows.shape[1] != self.dim:
+        if self.dim not in (None, rows.shape[-1]):
             raise WeightsError(f"{file} holds {list(rows.shape)}, but the transformer reads {self.dim} numbers a token")
         return rows
 
