@@ -20,6 +20,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from policy.attention import KVCache, StreamAttention, causal_mask, packed_mask, visible_from
@@ -104,8 +105,10 @@ class CausalWan(nn.Module):
         return v, fresh, past, [f for f, kept in zip(cache.frames, keep.tolist()) if kept]
 
     def _velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        dtype = self.model.proj_out.weight.dtype
-        return self.model(x.to(dtype), t, text.to(dtype), return_dict=False)[0].float()
+        dtype, image = self.model.proj_out.weight.dtype, None
+        if self.model.config.image_dim is not None:
+            text, image = split_context(text.to(dtype), self.model.config.text_dim, self.model.config.image_dim)
+        return self.model(x.to(dtype), t, text.to(dtype), image, return_dict=False)[0].float()
 
     def enable_gradient_checkpointing(self) -> None:
         """Keeps the input of each block alone for the backward pass, which computes the rest again."""
@@ -158,6 +161,23 @@ class CausalWan(nn.Module):
             )
             tables.append(torch.cat(grid, -1).reshape(1, f * rows * columns, 1, -1))
         return tables[0], tables[1]
+
+
+TEXT_TOKENS = 512
+"""Of a transformer that reads an image too: diffusers' cross-attention tells the two apart by this number."""
+
+
+def join_context(text: Tensor, image: Tensor) -> Tensor:
+    """Text [B, TEXT_TOKENS, text_dim] and image [B, n, image_dim] as one tensor of the wider of the two, image first,
+    which the four ways of running take in place of a text.
+    """
+    width = max(text.shape[-1], image.shape[-1])
+    return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in (image, text)], 1)
+
+
+def split_context(context: Tensor, text_dim: int, image_dim: int) -> tuple[Tensor, Tensor]:
+    """The text and the image of `join_context`."""
+    return context[:, -TEXT_TOKENS:, :text_dim], context[:, :-TEXT_TOKENS, :image_dim]
 
 
 def widen_input(model: WanTransformer3DModel, extra: int) -> WanTransformer3DModel:

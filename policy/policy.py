@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from policy.causal import CausalWan
+from policy.causal import CausalWan, join_context
 from policy.codec import Codec, ConvCodec
 from policy.control import Control, Drag, MovedWindowControl
 from policy.files import WeightsError, check_fit, read_weights
@@ -22,6 +22,7 @@ from policy.text import NoText, TextEncoder
 from policy.transition import check_schedule
 from policy.wan import WanSettings, read_parts
 from policy.wan_formats import read_wan
+from policy.wan_image import WanImage
 
 from diffusers import WanTransformer3DModel  # isort: skip  (after policy.causal has readied torchvision)
 
@@ -80,7 +81,8 @@ class PolicySource:
 class DragPolicy:
     """What rolls out and what is trained. `net` holds the trained weights; codec, control and texts are fixed.
 
-    control, texts: those of the tiny policy where they are not given.
+    control, texts: those of the tiny policy where they are not given. images: of a transformer that reads features of
+    the first frame beside the text.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class DragPolicy:
         codec: Codec,
         control: Control | None = None,
         texts: TextEncoder | None = None,
+        images: WanImage | None = None,
     ) -> None:
         check_schedule(settings.sigmas)
         positions = transformer.config.rope_max_seq_len
@@ -98,7 +101,7 @@ class DragPolicy:
         self.settings, self.codec, self.lora = settings, codec.eval().requires_grad_(False), None
         self.net = CausalWan(transformer, settings.window, settings.sink)
         self.control = control or MovedWindowControl(codec, settings.drag_window, settings.drag_sigma)
-        self.texts = texts or NoText(transformer.config.text_dim)
+        self.texts, self.images = texts or NoText(transformer.config.text_dim), images
 
     def to(self, device: str | torch.device) -> DragPolicy:
         self.net.to(device)
@@ -130,8 +133,15 @@ class DragPolicy:
         return slice(start, stop)
 
     def text(self, texts: Sequence[str]) -> Tensor:
-        """What the cross-attention reads: embeddings [B, L, text_dim]."""
+        """Embeddings [B, L, text_dim]."""
         return self.texts(texts).to(self.device)
+
+    def context(self, texts: Sequence[str], drag: Drag) -> Tensor:
+        """What the cross-attention reads: the text, and the first frame too where the transformer asks for it."""
+        if self.images is None:
+            return self.text(texts)
+        self.images.device = self.device
+        return join_context(self.text(texts), self.images(drag.first_frame))
 
     def first_latent(self, drag: Drag) -> Tensor:
         if drag.background is not None:

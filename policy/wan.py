@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from policy.causal import TEXT_TOKENS
 from policy.control import Control
 from policy.files import WeightsError
 from policy.text import TextEncoder
@@ -14,6 +15,7 @@ from policy.transition import check_schedule
 from policy.wan_codec import WanCodec, read_codec
 from policy.wan_control import BACKGROUNDS, FEATURES, WanControl
 from policy.wan_formats import read_wan
+from policy.wan_image import WanImage
 from policy.wan_text import WanText
 
 from diffusers import WanTransformer3DModel  # isort: skip  (after policy.wan_codec has readied torchvision)
@@ -29,9 +31,10 @@ class WanSettings:
 
     sigmas: noise levels from 1 to 0. window / sink: latent frames a block sees, itself included (None: all), and first
     frames always seen. features, background, drag_sigma, drag_window: of `WanControl`. base: the folder in diffusers
-    layout whose vae/, text_encoder/ and tokenizer/ are used (None: the policy's own). text_cache: folder of text
-    embeddings; text_length: tokens. dtype: of the transformer and the text encoder, codec_dtype: of the autoencoder.
-    gradient_checkpointing: keep one activation per block and compute the rest again. Raises ValueError naming the key.
+    layout whose vae/, text_encoder/, tokenizer/ and image_encoder/ are used (None: the policy's own). text_cache:
+    folder of text embeddings; text_length: tokens. dtype: of the transformer and the encoders of text and image,
+    codec_dtype: of the autoencoder. gradient_checkpointing: keep one activation per block and compute the rest again.
+    Raises ValueError naming the key.
     """
 
     height: int
@@ -86,11 +89,15 @@ class WanSettings:
         return (1, *[self.block] * ((self.frames - 1) // (TEMPORAL_STRIDE * self.block)))
 
 
-def read_parts(path: Path, s: WanSettings) -> tuple[WanTransformer3DModel, WanCodec, Control, TextEncoder]:
-    """The parts of a Wan. path: a folder in diffusers layout, or weights in any format of `policy.wan_formats`.
+Parts = tuple[WanTransformer3DModel, WanCodec, Control, TextEncoder, WanImage | None]
 
-    A T2V transformer is given the control channels, zero-initialised; an I2V one of 36 channels is taken as it is.
-    Raises WeightsError naming what is missing, damaged, or does not go together.
+
+def read_parts(path: Path, s: WanSettings) -> Parts:
+    """The parts of a Wan, as `DragPolicy` takes them.
+
+    path: a folder in diffusers layout, or weights in any format of `policy.wan_formats`. A T2V transformer is given
+    the control channels, zero-initialised; an I2V one of 36 channels is taken as it is. Raises WeightsError naming
+    what is missing, damaged, or does not go together.
     """
     base = Path(s.base or path)
     vae = path / "vae" if (path / "vae").is_dir() else base / "vae"
@@ -102,9 +109,12 @@ def read_parts(path: Path, s: WanSettings) -> tuple[WanTransformer3DModel, WanCo
     config = transformer.config
     if config.out_channels != codec.channels:
         raise WeightsError(f"{path} makes {config.out_channels} channels, but {vae} reads {codec.channels}")
-    if config.image_dim is not None:
-        raise WeightsError(f"{path} reads CLIP features of the first frame; choose a Wan without that branch")
-    return transformer, codec, control, read_texts(path, s, config.text_dim)
+    if config.pos_embed_seq_len is not None:
+        raise WeightsError(f"{path} reads a last frame too; choose a Wan that goes on from the first")
+    if config.image_dim is not None and s.text_length != TEXT_TOKENS:
+        raise WeightsError(f"{path} reads an image too; give policy.wan.text_length={TEXT_TOKENS}")
+    images = None if config.image_dim is None else WanImage(base, DTYPES[s.dtype])
+    return transformer, codec, control, read_texts(path, s, config.text_dim), images
 
 
 def read_texts(path: str | Path, s: WanSettings, dim: int | None = None, device: str = "cpu") -> WanText:

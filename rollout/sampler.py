@@ -41,8 +41,8 @@ def collate(prompts: Sequence[DragPrompt]) -> Drag:
 class Stream:
     """A batch of videos in the making; never changed, so a stream can be forked by `rows`.
 
-    drag: None where only latents are wanted. control [B, Cc, F, h, w]; text [B, L, text_dim]; cache: keys and values
-    of the finished frames; codec_state: of the frames decoded so far; block: the next one.
+    drag: None where only latents are wanted. control [B, Cc, F, h, w]; text: of `DragPolicy.context`; cache: keys and
+    values of the finished frames; codec_state: of the frames decoded so far; block: the next one.
     """
 
     drag: Drag | None
@@ -83,7 +83,7 @@ class Sampler:
         )
         first = policy.first_latent(drag)
         _, codec_state = policy.codec.decode(first, None)
-        text = policy.text([p.text for p in prompts])
+        text = policy.context([p.text for p in prompts], drag)
         stream = Stream(drag, policy.control.encode(drag), text, KVCache(), codec_state, 0)
         return self.append(stream, first), first
 

@@ -235,9 +235,9 @@ def without_vae(folder):
     shutil.rmtree(folder / "vae")
 
 
-def with_clip(folder):
+def with_a_last_frame(folder):
     shutil.rmtree(folder / "transformer")
-    tiny_wan("i2v").save_pretrained(folder / "transformer")
+    tiny_wan("flf2v").save_pretrained(folder / "transformer")
 
 
 def of_other_channels(folder):
@@ -250,7 +250,7 @@ def without_transformer(folder):
 
 
 @pytest.mark.parametrize(("damage", "named"), [
-    (without_vae, "no vae/; give policy.wan.base"), (with_clip, "reads CLIP features"),
+    (without_vae, "no vae/; give policy.wan.base"), (with_a_last_frame, "reads a last frame too"),
     (of_other_channels, "input channels, not 12"), (without_transformer, "files of weights"),
 ])  # fmt: skip
 def test_parts_that_are_missing_or_do_not_go_together_are_named(folder, tmp_path, damage, named):

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from policy.lora import LoraSettings
 from policy.policy import DragPolicy, PolicySource, load_policy
@@ -60,6 +67,17 @@ def same(a: WanTransformer3DModel, b: WanTransformer3DModel) -> bool:
     )
 
 
+def write_image_encoder(folder: Path, dim: int = 20, seed: int = 0) -> None:
+    """image_encoder/ and image_processor/ of a diffusers folder: CLIP's image tower, random, for 28 px pictures."""
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=dim, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    CLIPVisionModel(config).save_pretrained(folder / "image_encoder")
+    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    CLIPImageProcessor(**size).save_pretrained(folder / "image_processor")
+
+
 FEW = {"z_dim": 4, "latents_mean": [-0.7, 0.1, 0.9, -0.2], "latents_std": [2.8, 1.4, 0.7, 1.1]}
 
 
@@ -70,8 +88,10 @@ def tiny_vae(seed: int = 0, **changed: object) -> AutoencoderKLWan:
 
 
 def write_folder(folder: Path, **changed: object) -> Path:
-    """A Wan in diffusers layout, every part tiny and random. changed: of the transformer."""
+    """A Wan in diffusers layout, every part tiny and random. changed: of `tiny_wan`."""
     tiny_wan(**changed).save_pretrained(folder / "transformer")
+    if changed.get("kind") == "i2v":
+        write_image_encoder(folder)
     tiny_vae().save_pretrained(folder / "vae")
     write_text_encoder(folder)
     return folder
