@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 from jobs.cli import ConfigError
-from jobs.config import RoleConfig, TrainConfig, settings_of
+from jobs.config import PolicyConfig, RoleConfig, TrainConfig, settings_of
 from jobs.plugins import make_source, make_terms, read_terms
-from policy.policy import PolicySettings, read_settings
+from policy.lora import LoraSettings
+from policy.policy import PolicySource, Settings
 from policy.transition import KERNELS, Kernel
+from policy.wan import WanSettings
 from rl.advantage import TermWeight
 from rl.fleet import Fleet, FleetSpec, fetch, make_fleet
 from rl.learner import Learner, LearnerSettings
@@ -23,10 +26,10 @@ from rollout.group import EXPLORES, RolloutSettings
 from rollout.plan import SELECTS
 
 
-def validate(c: TrainConfig) -> PolicySettings:
+def validate(c: TrainConfig) -> Settings:
     """Checks what no single key can: raises ConfigError naming the keys, before anything is started."""
     r, l = c.rollout, c.learner
-    settings = read_settings(c.policy.path)
+    settings = policy_source(c.policy).settings()
     blocks, terms = len(settings.sizes) - 1, read_terms(c.rewards)
     rules = [
         (r.select in SELECTS, f"rollout.select={r.select} is none of {', '.join(SELECTS)}"),
@@ -57,13 +60,26 @@ def validate(c: TrainConfig) -> PolicySettings:
             l.micro_batch >= 1 and l.updates_per_rollout >= 1,
             "learner.micro_batch and learner.updates_per_rollout must be at least 1",
         ),
+        (
+            l.bf16 or c.policy.lora.rank or getattr(settings, "dtype", "float32") == "float32",
+            "learner.bf16=false would train policy.wan.dtype=bfloat16 without float32 copies; give learner.bf16=true, "
+            "or train adapters with policy.lora.rank",
+        ),
         (0 <= l.ema < 1, f"learner.ema={l.ema} must lie in [0, 1)"),
         (
             any(t.role == "train" for t in terms.values()),
             "rewards: no term has role: train, nothing would be learnt",
         ),
-        (c.prompts.kind in ("sprites", "folder"), f"prompts.kind={c.prompts.kind} must be sprites or folder"),
+        (
+            c.prompts.kind in ("sprites", "folder", "table"),
+            f"prompts.kind={c.prompts.kind} must be sprites, folder or table",
+        ),
+        (
+            c.prompts.kind != "sprites" or isinstance(settings.size, int),
+            f"prompts=sprites are square, but the policy's pictures are {settings.size}",
+        ),
         (c.prompts.kind != "folder" or c.prompts.path, "prompts.path is missing: the folder with prompts.jsonl"),
+        (c.prompts.kind != "table" or c.prompts.path, "prompts.path is missing: the Parquet or the dataset on disk"),
         (
             c.train.iterations >= 1 and c.train.checkpoint_every >= 1,
             "train.iterations and train.checkpoint_every must be at least 1",
@@ -76,6 +92,16 @@ def validate(c: TrainConfig) -> PolicySettings:
     make_terms(c.rewards)
     make_source(c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)
     return settings
+
+
+def policy_source(c: PolicyConfig) -> PolicySource:
+    """Raises ValueError naming the key that cannot be."""
+    lora = settings_of(LoraSettings, c.lora) if c.lora.rank else None
+    if c.wan is None:
+        return PolicySource(c.path, None, lora)
+    wan = settings_of(WanSettings, c.wan)
+    cache, base = (p and str(Path(p).resolve()) for p in (wan.text_cache, wan.base))
+    return PolicySource(str(Path(c.path).resolve()), replace(wan, text_cache=cache, base=base), lora)
 
 
 def term_weights(c: TrainConfig) -> dict[str, TermWeight]:
@@ -120,9 +146,9 @@ def session(c: TrainConfig) -> Iterator[None]:
             yield
 
 
-def make_rollout_fleet(c: TrainConfig, settings: PolicySettings) -> Fleet:
+def make_rollout_fleet(c: TrainConfig, settings: Settings) -> Fleet:
     source = partial(make_source, c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)
-    args = (c.policy.path, c.policy.weights, rollout_settings(c), source, c.seed)
+    args = (policy_source(c.policy), c.policy.weights, rollout_settings(c), source, c.seed)
     return make_fleet(c.cluster.backend, SyncedRolloutWorker, _spec("rollout", c.cluster.rollout), args)
 
 
@@ -133,7 +159,7 @@ def make_reward_fleet(c: TrainConfig) -> Fleet:
 
 def make_learner(c: TrainConfig) -> Fleet:
     """The learner's ranks, joined."""
-    args = (c.policy.path, c.policy.weights, make_kernel(c), learner_settings(c), c.learner.ranks)
+    args = (policy_source(c.policy), c.policy.weights, make_kernel(c), learner_settings(c), c.learner.ranks)
     role = RoleConfig(
         c.learner.ranks, c.cluster.learner.num_cpus, c.cluster.learner.num_gpus, c.cluster.learner.timeout_s, 0
     )

@@ -19,9 +19,45 @@ def settings_of(kind: type[Settings], config: Any) -> Settings:
 
 
 @dataclass
+class WanConfig:
+    """What `policy.wan.WanSettings` says."""
+
+    height: int
+    width: int
+    frames: int
+    block: int
+    sigmas: list[float]
+    window: int | None
+    sink: int
+    features: str
+    background: str
+    drag_sigma: float
+    drag_window: float
+    base: str | None
+    text_cache: str
+    text_length: int
+    dtype: str
+    codec_dtype: str
+    gradient_checkpointing: bool
+
+
+@dataclass
+class LoraConfig:
+    """What `policy.lora.LoraSettings` says; rank 0: the transformer's own weights are trained."""
+
+    rank: int
+    alpha: float
+    targets: list[str]
+
+
+@dataclass
 class PolicyConfig:
+    """wan: null = the folder's policy.json tells what it holds."""
+
     path: str
     weights: str | None
+    wan: WanConfig | None
+    lora: LoraConfig
 
 
 @dataclass

@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 
 from jobs.cli import ConfigError, job
-from jobs.config import PolicyConfig
-from policy.policy import check_fit, read_weights
+from jobs.config import PolicyConfig, settings_of
+from policy.files import check_fit, read_weights
+from policy.lora import LoraSettings, add_lora, load_lora, lora_state, merge_own_lora
 from policy.wan_formats import LAYOUTS, locate, merge_lora, read_wan, write_wan
+
+from diffusers import WanTransformer3DModel  # isort: skip  (after policy.wan_formats has readied torchvision)
 
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,10 +38,15 @@ def main(config: ExportConfig) -> None:
     """Reads policy.path in any format, with policy.weights in place of its own if given, and writes `out`."""
     validate(config)
     model = read_wan(locate(config.policy.path, config.download), DTYPES[config.dtype], config.in_channels)
+    lora = config.policy.lora.rank > 0
+    if lora:
+        add_lora(model, settings_of(LoraSettings, config.policy.lora))
     if config.policy.weights:
         state = read_weights(config.policy.weights)
-        check_fit(model.state_dict(), state, config.policy.weights)
-        model.load_state_dict(state)
+        check_fit(lora_state(model) if lora else model.state_dict(), state, config.policy.weights)
+        (load_lora if lora else WanTransformer3DModel.load_state_dict)(model, state)
+    if lora:
+        merge_own_lora(model)
     if config.adapter:
         model = merge_lora(model, config.adapter)
     write_wan(model, config.out, config.layout)

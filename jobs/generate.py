@@ -29,9 +29,8 @@ def main(config: TrainConfig) -> None:
         for task in as_completed(tasks):
             films = fetch(task.result()[0])
             for i, (prompt, video) in enumerate(zip(films.prompts, films.videos), tasks[task]):
-                write_mp4(
-                    folder.videos / f"{i:03d}.mp4", draw_drag(video, prompt.tracks, 4 * settings.size), config.fps
-                )
+                drawn = draw_drag(video, prompt.tracks, max(256, video.shape[1]))
+                write_mp4(folder.videos / f"{i:03d}.mp4", drawn, config.fps)
                 iio.imwrite(folder.videos / f"{i:03d}.png", filmstrip([("policy", video)], prompt.tracks))
     print(f"wrote {e.prompts} videos to {folder.videos}")
 

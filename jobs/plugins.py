@@ -17,11 +17,14 @@ from rewards.terms import Term
 from rollout.folder import FolderPrompts
 from rollout.prompts import PromptSource
 from rollout.sprites import SpriteWorld
+from rollout.tables import TablePrompts
 
 
-def make_source(kind: str, path: str | None, world_seed: int, size: int, frames: int) -> PromptSource:
+def make_source(kind: str, path: str | None, world_seed: int, size: int | tuple[int, int], frames: int) -> PromptSource:
     if kind == "folder":
         return FolderPrompts(Path(path).resolve(), size, frames)
+    if kind == "table":
+        return TablePrompts(Path(path).resolve(), size, frames, world_seed)
     return SpriteWorld(size, frames, seed=world_seed)
 
 

@@ -31,8 +31,16 @@ class KVCache:
     next_frame: int = 0
 
     def rows(self, index: Tensor) -> KVCache:
-        """The cache of the given batch rows; [0, 0, 1, 1] forks each of two prompts twice."""
-        return KVCache(tuple((k[index], v[index]) for k, v in self.layers), self.frames, self.next_frame)
+        """The cache of the given batch rows; [0, 0, 1, 1] forks each of two prompts twice. The forks of a single row
+        share its memory.
+        """
+        layers = tuple((rows_of(k, index), rows_of(v, index)) for k, v in self.layers)
+        return KVCache(layers, self.frames, self.next_frame)
+
+
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """x[index]; of a single row a view."""
+    return x.expand(len(index), *x.shape[1:]) if len(x) == 1 else x[index]
 
 
 class StreamAttention:

@@ -7,6 +7,8 @@ and loading stay diffusers' own. The same weights run in four ways, which agree 
     full()    all frames at once under a block-causal mask
     packed()  [clean | noisy blocks] in one pass: what every block's streamed step computed, for the learner
     model()   diffusers' own bidirectional forward
+
+Inputs and velocities are float32 whatever the dtype of the weights; keys and values are kept in that of the weights.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from policy.attention import KVCache, StreamAttention, causal_mask, packed_mask, visible_from
 
@@ -84,7 +88,7 @@ class CausalWan(nn.Module):
         tokens = rows * columns
         mask = frame_mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)[None, None].to(x.device)
         with self._installed(self._rotary(ids, rows, columns), mask):
-            return self.model(x, t.repeat_interleave(tokens, 1), text, return_dict=False)[0]
+            return self._velocity(x, t.repeat_interleave(tokens, 1), text)
 
     def _stream(self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache):
         rows, columns = self._grid(x)
@@ -96,9 +100,36 @@ class CausalWan(nn.Module):
             past = [(k[:, index], v[:, index]) for k, v in past]
         t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(x.shape[0])
         with self._installed(self._rotary(torch.arange(cache.next_frame, end), rows, columns), None, past):
-            v = self.model(x, t, text, return_dict=False)[0]
+            v = self._velocity(x, t, text)
             fresh = [processor.fresh for processor in self.processors]
         return v, fresh, past, [f for f, kept in zip(cache.frames, keep.tolist()) if kept]
+
+    def _velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        dtype, image = self.model.proj_out.weight.dtype, None
+        if self.model.config.image_dim is not None:
+            text, image = split_context(text.to(dtype), self.model.config.text_dim, self.model.config.image_dim)
+        return self.model(x.to(dtype), t, text.to(dtype), image, return_dict=False)[0].float()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keeps the input of each block alone for the backward pass, which computes the rest again."""
+
+        def recomputed(block: nn.Module, *inputs: Tensor) -> Tensor:
+            processor = block.attn1.processor
+            own = processor.rotary, processor.mask, processor.past
+
+            # The backward pass must see the state of its own forward pass, not the one that is installed by then.
+            def run(*inputs: Tensor) -> Tensor:
+                held = vars(processor).copy()
+                processor.rotary, processor.mask, processor.past = own
+                try:
+                    return block(*inputs)
+                finally:
+                    if held["rotary"] is not own[0]:
+                        vars(processor).update(held)
+
+            return checkpoint(run, *inputs, use_reentrant=False)
+
+        self.model.enable_gradient_checkpointing(recomputed)
 
     @contextmanager
     def _installed(self, rotary, mask: Tensor | None, past: Sequence | None = None):
@@ -130,6 +161,23 @@ class CausalWan(nn.Module):
             )
             tables.append(torch.cat(grid, -1).reshape(1, f * rows * columns, 1, -1))
         return tables[0], tables[1]
+
+
+TEXT_TOKENS = 512
+"""Of a transformer that reads an image too: diffusers' cross-attention tells the two apart by this number."""
+
+
+def join_context(text: Tensor, image: Tensor) -> Tensor:
+    """Text [B, TEXT_TOKENS, text_dim] and image [B, n, image_dim] as one tensor of the wider of the two, image first,
+    which the four ways of running take in place of a text.
+    """
+    width = max(text.shape[-1], image.shape[-1])
+    return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in (image, text)], 1)
+
+
+def split_context(context: Tensor, text_dim: int, image_dim: int) -> tuple[Tensor, Tensor]:
+    """The text and the image of `join_context`."""
+    return context[:, -TEXT_TOKENS:, :text_dim], context[:, :-TEXT_TOKENS, :image_dim]
 
 
 def widen_input(model: WanTransformer3DModel, extra: int) -> WanTransformer3DModel:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 CodecState = tuple[Tensor | None, ...] | None
@@ -25,6 +27,10 @@ class Codec(Protocol):
 
     def decode(self, latents: Tensor, state: CodecState = None) -> tuple[Tensor, CodecState]:
         """Decodes the next latent frames of a stream; returns their video frames and the state after them."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the weights into a policy's folder."""
         ...
 
 
@@ -84,6 +90,9 @@ class ConvCodec(nn.Module):
     def decode(self, latents: Tensor, state: CodecState = None) -> tuple[Tensor, CodecState]:
         frames = self.decoder(latents.transpose(1, 2).flatten(0, 1))
         return frames.unflatten(0, (latents.shape[0], -1)).transpose(1, 2), None
+
+    def save(self, folder: Path) -> None:
+        save_file(self.state_dict(), folder / "codec.safetensors")
 
 
 def to_pixels(video: Tensor) -> Tensor:

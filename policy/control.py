@@ -4,7 +4,9 @@ tracks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,15 +20,31 @@ class Drag:
     """The first frame and the lines of a batch of prompts.
 
     first_frame float [B, 3, H, W] in -1..1; tracks float [B, T, N, 2] (x, y) px; visible bool [B, T, N], False for
-    padding too.
+    padding too. background: latents [B, C, F, h, w] that a control lays under the drag, once it has been prepared.
     """
 
     first_frame: Tensor
     tracks: Tensor
     visible: Tensor
+    background: Tensor | None = None
 
     def rows(self, index: Tensor) -> Drag:
-        return Drag(self.first_frame[index], self.tracks[index], self.visible[index])
+        background = None if self.background is None else self.background[index]
+        return Drag(self.first_frame[index], self.tracks[index], self.visible[index], background)
+
+
+class Control(Protocol):
+    """channels: of the input that follows the noisy latents."""
+
+    channels: int
+
+    def prepare(self, drag: Drag) -> Drag:
+        """The drag with what follows from its first frame alone, so that it is computed once."""
+        ...
+
+    def encode(self, drag: Drag, frames: slice = slice(None)) -> Tensor:
+        """float [B, channels, f, h, w]: the control of the given latent frames; causal in the tracks."""
+        ...
 
 
 class MovedWindowControl:
@@ -42,45 +60,59 @@ class MovedWindowControl:
         self.codec, self.window, self.sigma = codec, window, sigma
         self.channels = codec.channels + 2
 
+    def prepare(self, drag: Drag) -> Drag:
+        return drag
+
     def encode(self, drag: Drag, frames: slice = slice(None)) -> Tensor:
         """float [B, channels, f, h, w]: the control of the given video frames (one latent each); causal in the
         tracks.
         """
-        picture, known = self._canvas(drag, frames)
+        picture, known = moved_windows(drag, frames, self.window)
         features = self.codec.encode(picture)
-        h, w = features.shape[-2:]
         stride = self.codec.spatial_stride
-        at = [torch.arange(n, device=features.device) * stride + (stride - 1) / 2 for n in (h, w)]
-        y, x = torch.meshgrid(*at, indexing="ij")
         tracks, visible = drag.tracks[:, frames], drag.visible[:, frames]
-        square = (x - tracks[..., 0, None, None]) ** 2 + (y - tracks[..., 1, None, None]) ** 2
-        heat = (torch.exp(-square / (2 * self.sigma**2)) * visible[..., None, None]).amax(2)
+        heat = heat_maps(tracks, visible, features.shape[-2:], stride, self.sigma).amax(2)
         return torch.cat((heat[:, None], F.avg_pool2d(known, stride)[:, None], features), 1)
 
-    def _canvas(self, drag: Drag, frames: slice) -> tuple[Tensor, Tensor]:
-        """Pictures [B, 3, f, H, W] with the windows pasted, and which of their pixels are known, float [B, f, H, W]."""
-        first, (height, width) = drag.first_frame, drag.first_frame.shape[-2:]
-        y, x = torch.meshgrid(
-            torch.arange(height, device=first.device), torch.arange(width, device=first.device), indexing="ij"
-        )
-        start, now = drag.tracks[:, :1], drag.tracks[:, frames]
-        active = drag.visible[:, :1]
 
-        def within(points: Tensor) -> Tensor:
-            far = torch.maximum((x - points[..., 0, None, None]).abs(), (y - points[..., 1, None, None]).abs())
-            return far <= self.window
+def heat_maps(tracks: Tensor, visible: Tensor, size: Sequence[int], stride: int, sigma: float) -> Tensor:
+    """A Gaussian of width sigma px and height 1 at every visible point, at the centres of h x w cells of stride px.
 
-        left = (within(start) & active[..., None, None]).any(2)
-        filled = torch.where(left, fill_from_around(first, left.float(), self.window), first)
-        f = now.shape[1]
-        canvas = filled[:, :, None].expand(-1, -1, f, -1, -1)
-        known = ~left.expand(-1, f, -1, -1)
-        for n in range(now.shape[2]):
-            here = within(now[:, :, n]) & (active[..., n] & drag.visible[:, frames, n])[..., None, None]
-            moved = shift_picture(first, now[:, :, n] - start[:, :, n])
-            canvas = torch.where(here[:, None], moved, canvas)
-            known = known | here
-        return canvas, known.float()
+    tracks [B, f, N, 2] px, visible bool [B, f, N]; size: (h, w). Returns [B, f, N, h, w].
+    """
+    at = [torch.arange(n, device=tracks.device) * stride + (stride - 1) / 2 for n in size]
+    y, x = torch.meshgrid(*at, indexing="ij")
+    square = (x - tracks[..., 0, None, None]) ** 2 + (y - tracks[..., 1, None, None]) ** 2
+    return torch.exp(-square / (2 * sigma**2)) * visible[..., None, None]
+
+
+def moved_windows(drag: Drag, frames: slice | Tensor, window: float) -> tuple[Tensor, Tensor]:
+    """The first frame with the windows around its points where the drag has them in the given video frames.
+
+    window: half side, px. Returns pictures [B, 3, f, H, W] and which of their pixels are known, float [B, f, H, W].
+    """
+    first, (height, width) = drag.first_frame, drag.first_frame.shape[-2:]
+    y, x = torch.meshgrid(
+        torch.arange(height, device=first.device), torch.arange(width, device=first.device), indexing="ij"
+    )
+    start, now = drag.tracks[:, :1], drag.tracks[:, frames]
+    active = drag.visible[:, :1]
+
+    def within(points: Tensor) -> Tensor:
+        far = torch.maximum((x - points[..., 0, None, None]).abs(), (y - points[..., 1, None, None]).abs())
+        return far <= window
+
+    left = (within(start) & active[..., None, None]).any(2)
+    filled = torch.where(left, fill_from_around(first, left.float(), window), first)
+    f = now.shape[1]
+    canvas = filled[:, :, None].expand(-1, -1, f, -1, -1)
+    known = ~left.expand(-1, f, -1, -1)
+    for n in range(now.shape[2]):
+        here = within(now[:, :, n]) & (active[..., n] & drag.visible[:, frames, n])[..., None, None]
+        moved = shift_picture(first, now[:, :, n] - start[:, :, n])
+        canvas = torch.where(here[:, None], moved, canvas)
+        known = known | here
+    return canvas, known.float()
 
 
 def fill_from_around(picture: Tensor, hole: Tensor, reach: float) -> Tensor:

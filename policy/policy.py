@@ -4,26 +4,27 @@ loaded.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from policy.causal import CausalWan
-from policy.codec import ConvCodec
-from policy.control import Drag, MovedWindowControl
+from policy.causal import CausalWan, join_context
+from policy.codec import Codec, ConvCodec
+from policy.control import Control, Drag, MovedWindowControl
+from policy.files import WeightsError, check_fit, read_weights
+from policy.lora import LoraSettings, WithoutAdapter, add_lora, load_lora, lora_state
+from policy.text import NoText, TextEncoder
 from policy.transition import check_schedule
+from policy.wan import WanSettings, read_parts
+from policy.wan_formats import read_wan
+from policy.wan_image import WanImage
 
 from diffusers import WanTransformer3DModel  # isort: skip  (after policy.causal has readied torchvision)
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be loaded; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,58 @@ class PolicySettings:
         return (1, *[self.block] * ((self.frames - 1) // self.block))
 
 
-class DragPolicy:
-    """What rolls out and what is trained. `net` holds the trained weights; codec and control are fixed."""
+Settings = PolicySettings | WanSettings
 
-    def __init__(self, settings: PolicySettings, transformer: WanTransformer3DModel, codec: ConvCodec) -> None:
+
+@dataclass(frozen=True)
+class PolicySource:
+    """Where a policy is read from, in whatever process.
+
+    path: a folder written by `DragPolicy.save`; with `wan` given, what `policy.wan.read_parts` takes. lora: adapters
+    that are trained in place of the transformer's weights.
+    """
+
+    path: str
+    wan: WanSettings | None = None
+    lora: LoraSettings | None = None
+
+    def settings(self) -> Settings:
+        return self.wan or read_settings(self.path)
+
+
+class DragPolicy:
+    """What rolls out and what is trained. `net` holds the trained weights; codec, control and texts are fixed.
+
+    control, texts: those of the tiny policy where they are not given. images: of a transformer that reads features of
+    the first frame beside the text.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        transformer: WanTransformer3DModel,
+        codec: Codec,
+        control: Control | None = None,
+        texts: TextEncoder | None = None,
+        images: WanImage | None = None,
+    ) -> None:
         check_schedule(settings.sigmas)
-        self.settings, self.codec = settings, codec.eval().requires_grad_(False)
+        positions = transformer.config.rope_max_seq_len
+        if sum(settings.sizes) > positions:
+            raise ValueError(f"frames={settings.frames} make more latent frames than the transformer's {positions}")
+        self.settings, self.codec, self.lora = settings, codec.eval().requires_grad_(False), None
         self.net = CausalWan(transformer, settings.window, settings.sink)
-        self.control = MovedWindowControl(codec, settings.drag_window, settings.drag_sigma)
+        self.control = control or MovedWindowControl(codec, settings.drag_window, settings.drag_sigma)
+        self.texts, self.images = texts or NoText(transformer.config.text_dim), images
+
+    def to(self, device: str | torch.device) -> DragPolicy:
+        self.net.to(device)
+        self.codec.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.model.device
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -77,102 +122,108 @@ class DragPolicy:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = self.settings.size // self.codec.spatial_stride
-        return self.codec.channels, side, side
+        size, stride = self.settings.size, self.codec.spatial_stride
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return self.codec.channels, height // stride, width // stride
 
-    def text(self, batch: int) -> Tensor:
-        """The tiny policy has no text encoder: zero embeddings [B, 1, text_dim] that the stock cross-attention
-        reads.
-        """
-        return torch.zeros(batch, 1, self.net.model.config.text_dim, device=self.net.model.device)
+    def video_frames(self, latents: slice) -> slice:
+        """The video frames that the latent frames start..stop - 1 hold."""
+        stride = self.codec.temporal_stride
+        start, stop = (max(0, 1 + (n - 1) * stride) for n in (latents.start, latents.stop))
+        return slice(start, stop)
+
+    def text(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings [B, L, text_dim]."""
+        return self.texts(texts).to(self.device)
+
+    def context(self, texts: Sequence[str], drag: Drag) -> Tensor:
+        """What the cross-attention reads: the text, and the first frame too where the transformer asks for it."""
+        if self.images is None:
+            return self.text(texts)
+        self.images.device = self.device
+        return join_context(self.text(texts), self.images(drag.first_frame))
 
     def first_latent(self, drag: Drag) -> Tensor:
+        if drag.background is not None:
+            return drag.background[:, :, :1]
         return self.codec.encode(drag.first_frame[:, :, None])
 
+    def add_lora(self, settings: LoraSettings) -> None:
+        """From now on the trained weights are adapters."""
+        self.net.requires_grad_(False)
+        add_lora(self.net.model, settings)
+        self.lora = settings
+
+    def reference(self) -> nn.Module:
+        """`net` as it is now, for good: a copy, or the same weights without their adapters."""
+        if self.lora:
+            return WithoutAdapter(self.net)
+        return CausalWan(copy.deepcopy(self.net.model), self.net.window, self.net.sink).requires_grad_(False)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained weights under diffusers' own names."""
-        return self.net.model.state_dict()
+        """The trained weights under diffusers' own names; with LoRA the adapters under PEFT's."""
+        return lora_state(self.net.model) if self.lora else self.net.model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor], source: str = "the given weights") -> None:
-        check_fit(self.net.model.state_dict(), state, source)
-        self.net.model.load_state_dict(state)
+        check_fit(self.state_dict(), state, source)
+        if self.lora:
+            load_lora(self.net.model, state)
+        else:
+            self.net.model.load_state_dict(state)
 
     def save(self, path: Path) -> None:
-        """Writes transformer/ (diffusers format), codec.safetensors and policy.json."""
+        """Writes transformer/ (diffusers format), the codec and policy.json. ValueError with LoRA: export merges it."""
+        if self.lora:
+            raise ValueError("a policy with adapters is not saved whole; jobs.export merges them")
         path.mkdir(parents=True, exist_ok=True)
         self.net.model.save_pretrained(path / "transformer")
-        save_file(self.codec.state_dict(), path / "codec.safetensors")
-        (path / "policy.json").write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+        self.codec.save(path)
+        kind = {"kind": "wan"} if isinstance(self.settings, WanSettings) else {}
+        (path / "policy.json").write_text(json.dumps(kind | asdict(self.settings), indent=2) + "\n")
 
 
-def load_policy(path: str | Path, weights: str | Path | None = None) -> DragPolicy:
-    """A policy saved by `DragPolicy.save`, with its trained weights replaced by `weights` (a policy.safetensors) if
-    given.
+def load_policy(source: str | Path | PolicySource, weights: str | Path | None = None) -> DragPolicy:
+    """A policy from a folder saved by `DragPolicy.save` or from a `PolicySource`, with its trained weights replaced by
+    `weights` (a policy.safetensors) if given.
 
     Raises WeightsError when a file is missing, damaged, or of another shape.
     """
-    path, settings = Path(path), read_settings(path)
-    codec = ConvCodec(settings.codec_channels, settings.codec_width)
-    state = read_weights(path / "codec.safetensors")
-    check_fit(codec.state_dict(), state, str(path / "codec.safetensors"))
-    codec.load_state_dict(state)
-    policy = DragPolicy(settings, read_transformer(path / "transformer"), codec)
+    source = source if isinstance(source, PolicySource) else PolicySource(str(source))
+    path, settings = Path(source.path), source.settings()
+    if isinstance(settings, WanSettings):
+        policy = DragPolicy(settings, *read_parts(path, settings))
+        if settings.gradient_checkpointing:
+            policy.net.enable_gradient_checkpointing()
+    else:
+        policy = _read_tiny(path, settings)
+    if source.lora:
+        policy.add_lora(source.lora)
     if weights is not None:
         policy.load_state_dict(read_weights(weights), str(weights))
     return policy
 
 
-def read_settings(path: str | Path) -> PolicySettings:
+def _read_tiny(path: Path, settings: PolicySettings) -> DragPolicy:
+    codec = ConvCodec(settings.codec_channels, settings.codec_width)
+    state = read_weights(path / "codec.safetensors")
+    check_fit(codec.state_dict(), state, str(path / "codec.safetensors"))
+    codec.load_state_dict(state)
+    transformer = read_wan(path / "transformer")
+    transformer.register_to_config(_name_or_path="")  # as from_pretrained does, whose files these are to the byte
+    return DragPolicy(settings, transformer, codec)
+
+
+def read_settings(path: str | Path) -> Settings:
     """What kind of policy a folder holds, without its weights; WeightsError when it holds none."""
     file = Path(path) / "policy.json"
     try:
         raw = json.loads(file.read_text())
-        return PolicySettings(**{**raw, "sigmas": tuple(raw["sigmas"])})
+        kind = WanSettings if raw.pop("kind", "tiny") == "wan" else PolicySettings
+        return kind(**{**raw, "sigmas": tuple(raw["sigmas"])})
     except FileNotFoundError:
         raise WeightsError(f"{path} is no policy folder (no policy.json); give one written by jobs.pretrain") from None
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{file} is damaged: {error}; restore it or choose another policy.path") from error
-
-
-def read_transformer(path: Path) -> WanTransformer3DModel:
-    """A transformer in diffusers format; WeightsError naming it when a file is missing, damaged or misshapen."""
-    try:
-        transformer, info = WanTransformer3DModel.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).split(". ")[0].rstrip(".") if (path / "config.json").is_file() else "no config.json"
-        raise WeightsError(f"cannot read the transformer {path}: {reason}; restore it or choose another") from error
-    # diffusers fills what a file lacks with random numbers and goes on.
-    if info["missing_keys"] or info["unexpected_keys"]:
-        keys = sorted((*info["missing_keys"], *info["unexpected_keys"]))
-        raise WeightsError(f"{path} is not whole: {keys[0]} is missing or unknown; restore it or choose another")
-    transformer.register_to_config(_name_or_path="")  # else every copy saved names the folder it was read from
-    return transformer
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A safetensors file; WeightsError naming it when it is missing or damaged."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"cannot read weights {path}: {error}; restore the file or choose another") from error
-
-
-def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
-    """Raises WeightsError naming the source and the first entry of `state` that `own` does not have in that shape."""
-    wrong = [
-        f"{k}: {list(state[k].shape)} given, {list(own[k].shape)} needed"
-        for k in own.keys() & state.keys()
-        if state[k].shape != own[k].shape
-    ]
-    lost, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if wrong or lost or unknown:
-        what = wrong or [f"missing {k}" for k in lost] or [f"unknown {k}" for k in unknown]
-        raise WeightsError(
-            f"{source} does not fit this policy ({what[0]}; {len(wrong) + len(lost) + len(unknown)} in all); "
-            "choose the policy=... that it was trained with"
-        )
 
 
 def build_transformer(

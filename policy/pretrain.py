@@ -129,7 +129,7 @@ def fit_policy(
             torch.cat((history, control), 1),
             torch.cat((noisy, control[:, :, 1:]), 1),
             s * 1000,
-            policy.text(batch),
+            policy.text([""] * batch),
             sizes,
             blocks,
         )

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from policy.causal import widen_input
-from policy.policy import WeightsError
+from policy.files import WeightsError
 
 from diffusers import WanTransformer3DModel  # isort: skip  (after policy.causal has readied torchvision)
 
@@ -206,7 +206,8 @@ def _weight_files(path: Path) -> list[Path]:
     patterns = (f"{_WEIGHTS}*.safetensors", "*.safetensors", "*.pt")
     files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
     if len(files) != 1:
-        raise WeightsError(f"{folder} holds {len(files)} files of weights and no index; name the one to read")
+        found = f"{folder} holds {len(files)} files of weights and no index"
+        raise WeightsError(f"{found}; name the one to read or choose another")
     return files
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import socket
 from collections.abc import Sequence
@@ -15,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from policy.causal import CausalWan, freeze
-from policy.policy import load_policy
+from policy.causal import freeze
+from policy.policy import PolicySource, load_policy
 from policy.transition import Kernel
 from rl.advantage import Advantages
 from rl.objective import clipped_ratio_loss, gradient_scale, velocity_divergence
@@ -78,10 +77,10 @@ class Learner:
     """Rank `rank` of `ranks`. Call `join` on all ranks at once before anything else."""
 
     def __init__(
-        self, policy_path: str, weights: str | None, kernel: Kernel, settings: LearnerSettings, ranks: int
+        self, policy: str | PolicySource, weights: str | None, kernel: Kernel, settings: LearnerSettings, ranks: int
     ) -> None:
         self.kernel, self.settings, self.ranks = kernel, settings, ranks
-        self.policy = load_policy(policy_path, weights)
+        self.policy = load_policy(policy, weights)
         self.version = 0
 
     def address(self) -> tuple[str, int]:
@@ -115,7 +114,7 @@ class Learner:
                 "nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=5)
             )
         net, s = self.policy.net, self.settings
-        self.reference = CausalWan(copy.deepcopy(net.model), net.window, net.sink).requires_grad_(False)
+        self.reference = self.policy.reference()
         freeze(net.model, s.freeze)
         trained = [p for p in net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)

@@ -34,7 +34,7 @@ def install(policy: DragPolicy, weights: Weights) -> str:
     policy.load_state_dict(
         {name: torch.tensor(array) for name, array in weights.arrays.items()}, "the learner's weights"
     )
-    held = digest({name: tensor.detach().cpu().numpy() for name, tensor in policy.state_dict().items()})
+    held = digest({name: tensor.detach().float().cpu().numpy() for name, tensor in policy.state_dict().items()})
     if held != weights.digest:
         raise ValueError(f"weights of version {weights.version} arrived damaged: {held} instead of {weights.digest}")
     return held

@@ -1,8 +1,13 @@
-"""Prompts from a user's folder: pictures, texts and drags listed in `prompts.jsonl`, checked before anything runs."""
+"""Prompts from a user's folder: pictures, texts and drags listed in `prompts.jsonl`, checked before anything runs.
+
+What prompts from a table have in common with them is here too: how rows are split, read, checked and cut.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +19,49 @@ from rollout.prompts import DragPrompt, PromptError
 REQUIRED, OPTIONAL = ("image", "tracks"), ("text", "visible", "split")
 
 
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a user's prompts. Rows of `heldout` make up every split but "train" and "pretrain", and these two see
+    `train` alone; where none is held out, every split sees every row.
+    """
+
+    path: Path
+    train: Sequence
+    heldout: Sequence
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"train": len(self.train), "heldout": len(self.heldout)}
+
+    def row(self, split: str, index: int) -> Any:
+        """Row `index` of a split, modulo its number of rows."""
+        rows = self.train if split in ("train", "pretrain") else self.heldout or self.train
+        if not rows:
+            raise PromptError(f'{self.path}: every row is marked "heldout", so the split {split!r} is empty')
+        return rows[index % len(rows)]
+
+    def id(self, kind: str, split: str, index: int) -> str:
+        return f"{kind}/{self.path.resolve().name}/{split}/{index}"
+
+
 class FolderPrompts:
     """A `PromptSource` over `<path>/prompts.jsonl`, one object per line:
 
         {"image": "cat.png", "text": "a cat", "tracks": [[[x, y], ...T], ...N], "visible": [[true, ...T], ...N],
          "split": "heldout"}
 
-    Coordinates are pixels of the given image, pixel centres lie at integers. The largest centred square of the image
-    is cut out and resized to `size` x `size`, its tracks with it; a visible point outside that square is an error.
+    Coordinates are pixels of the given image, pixel centres lie at integers. The largest centred part of the image
+    that has the shape of `size` is cut out and resized to it, its tracks with it; a visible point outside is an error.
     Text defaults to "", visible to all true, split to "train". The resized pictures are kept in memory.
 
-    Index i of a split is row i modulo the number of rows of that split. If rows are marked `"split": "heldout"`, they
-    alone make up every split but "train" and "pretrain", and these two see only the others. If none is marked, every
-    split sees every row (`has_heldout` is False): held-out figures then describe the training prompts.
+    Index i of a split is row i modulo the number of rows of that split; rows are held out (`Splits`) by
+    `"split": "heldout"`. If none is, `has_heldout` is False and held-out figures describe the training prompts.
 
-    size: side of the square picture, px. frames: T, the length of a video and of every track.
+    size: side of a square picture, or (height, width), px. frames: T, the length of a video and of every track.
     Raises PromptError naming file and line at the first thing that is wrong.
     """
 
-    def __init__(self, path: str | Path, size: int, frames: int) -> None:
+    def __init__(self, path: str | Path, size: int | tuple[int, int], frames: int) -> None:
         self.path, self.size, self.frames = Path(path), size, frames
         listing = self.path / "prompts.jsonl"
         if not listing.is_file():
@@ -47,15 +76,11 @@ class FolderPrompts:
                 rows[split].append(tuple(row))
         if not rows["train"] and not rows["heldout"]:
             raise PromptError(f"{listing}: no prompts; write one JSON object per line")
+        self.splits = Splits(self.path, rows["train"], rows["heldout"])
         self.has_heldout = bool(rows["heldout"])
-        self._train = rows["train"]
-        self._heldout = rows["heldout"] or rows["train"]
 
     def prompt(self, split: str, index: int) -> DragPrompt:
-        rows = self._train if split in ("train", "pretrain") else self._heldout
-        if not rows:
-            raise PromptError(f'{self.path}: every row is marked "heldout", so the split {split!r} is empty')
-        return DragPrompt(*rows[index % len(rows)], f"folder/{self.path.resolve().name}/{split}/{index}")
+        return DragPrompt(*self.splits.row(split, index), self.splits.id("folder", split, index))
 
     def truth(self, prompt: DragPrompt) -> None:
         return None
@@ -77,65 +102,85 @@ class FolderPrompts:
             raise PromptError(f"text must be a string, not {text!r}")
         if split not in ("train", "heldout"):
             raise PromptError(f'split must be "train" or "heldout", not {split!r}')
-        tracks = self._tracks(row["tracks"])
-        visible = self._visible(row.get("visible"), tracks.shape[1])
-        frame, tracks = self._square(self._picture(row["image"]), tracks, visible)
+        tracks = read_tracks(row["tracks"], self.frames)
+        visible = read_visible(row.get("visible"), self.frames, tracks.shape[1])
+        frame, tracks = fit(read_picture(self.path, row["image"]), tracks, visible, self.size)
         return split, frame, text, tracks, visible
 
-    def _square(self, picture: np.ndarray, tracks: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The centre square of the picture, uint8 [size, size, 3], and the tracks in its pixels, float32 [T, N, 2]."""
-        height, width = picture.shape[:2]
-        side = min(height, width)
-        x0, y0 = corner = np.array([(width - side) // 2, (height - side) // 2])
-        inside = ((tracks >= corner) & (tracks <= corner + side - 1)).all(-1)
-        if not (inside | ~visible).all():
-            t, n = np.argwhere(~inside & visible)[0]
-            x, y = tracks[t, n]
-            raise PromptError(
-                f"track {n} is at ({x:g}, {y:g}) in frame {t}, outside the centre square {x0} <= x <= {x0 + side - 1}, "
-                f"{y0} <= y <= {y0 + side - 1} of the {width}x{height} image; move it, or mark it invisible there"
-            )
-        square = picture[y0 : y0 + side, x0 : x0 + side]
-        interpolation = cv2.INTER_AREA if side > self.size else cv2.INTER_CUBIC
-        frame = cv2.resize(square, (self.size, self.size), interpolation=interpolation)
-        scaled = (tracks - corner + 0.5) * (self.size / side) - 0.5
-        # The centre of a border pixel can fall up to half a pixel outside the centres of the smaller picture.
-        scaled = np.where(inside[..., None], scaled.clip(0, self.size - 1), scaled)
-        return frame, scaled.astype(np.float32)
 
-    def _picture(self, name: Any) -> np.ndarray:
-        if not isinstance(name, str) or not (self.path / name).is_file():
-            raise PromptError(f"image {name!r} is not a file in {self.path}")
-        picture = cv2.imread(str(self.path / name), cv2.IMREAD_COLOR_RGB)
-        if picture is None:
-            raise PromptError(f"image {name!r} cannot be read as a picture")
-        return picture
+def fit(
+    picture: np.ndarray, tracks: np.ndarray, visible: np.ndarray, size: int | tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The largest centred part of the picture that has the shape of `size`, resized to it: uint8 [H, W, 3], and the
+    tracks in its pixels, float32 [T, N, 2]. size: side of a square, or (H, W), px.
+    """
+    height, width = picture.shape[:2]
+    rows, columns = size if isinstance(size, tuple) else (size, size)
+    part = np.array([min(width, round(height * columns / rows)), min(height, round(width * rows / columns))])
+    x0, y0 = corner = (np.array([width, height]) - part) // 2
+    x1, y1 = corner + part - 1
+    inside = ((tracks >= corner) & (tracks <= (x1, y1))).all(-1)
+    if not (inside | ~visible).all():
+        t, n = np.argwhere(~inside & visible)[0]
+        x, y = tracks[t, n]
+        shape = "square" if rows == columns else f"part of the shape {columns}x{rows}"
+        raise PromptError(
+            f"track {n} is at ({x:g}, {y:g}) in frame {t}, outside the centre {shape} {x0} <= x <= {x1}, "
+            f"{y0} <= y <= {y1} of the {width}x{height} image; move it, or mark it invisible there"
+        )
+    interpolation = cv2.INTER_AREA if part[0] > columns else cv2.INTER_CUBIC
+    frame = cv2.resize(picture[y0 : y1 + 1, x0 : x1 + 1], (columns, rows), interpolation=interpolation)
+    scaled = (tracks - corner + 0.5) * ((columns, rows) / part) - 0.5
+    # The centre of a border pixel can fall up to half a pixel outside the centres of the smaller picture.
+    scaled = np.where(inside[..., None], scaled.clip(0, (columns - 1, rows - 1)), scaled)
+    return frame, scaled.astype(np.float32)
 
-    def _tracks(self, tracks: Any) -> np.ndarray:
-        """float64 [T, N, 2], px of the given image."""
-        if not isinstance(tracks, list) or not tracks:
-            raise PromptError("tracks must be a list of one or more tracks, each a list of [x, y]")
-        for n, track in enumerate(tracks):
-            self._check_length(f"track {n}", track, "points")
-            for t, point in enumerate(track):
-                numbers = isinstance(point, list) and len(point) == 2 and all(type(v) in (int, float) for v in point)
-                if not numbers or not all(abs(v) < 1e6 for v in point):  # False for NaN too
-                    raise PromptError(f"track {n}, frame {t}: a point is [x, y] with two finite numbers, not {point!r}")
-        return np.array(tracks, float).transpose(1, 0, 2)
 
-    def _visible(self, visible: Any, count: int) -> np.ndarray:
-        """bool [T, N]."""
-        if visible is None:
-            return np.ones((self.frames, count), bool)
-        if not isinstance(visible, list) or len(visible) != count:
-            raise PromptError(f"visible must be a list of {count} lists, one per track")
-        for n, flags in enumerate(visible):
-            self._check_length(f"visible {n}", flags, "flags")
-            if not all(type(flag) is bool for flag in flags):
-                raise PromptError(f"visible {n}: every flag must be true or false")
-        return np.array(visible).T
+def read_picture(folder: Path, name: Any) -> np.ndarray:
+    """uint8 [H, W, 3], RGB, of a file named relative to the folder."""
+    if not isinstance(name, str) or not (folder / name).is_file():
+        raise PromptError(f"image {name!r} is not a file in {folder}")
+    return decode_picture((folder / name).read_bytes(), f"image {name!r}")
 
-    def _check_length(self, what: str, values: Any, unit: str) -> None:
-        if not isinstance(values, list) or len(values) != self.frames:
-            have = f"has {len(values)}" if isinstance(values, list) else f"is {values!r}"
-            raise PromptError(f"{what} {have}; it needs {self.frames} {unit}, one per video frame")
+
+def decode_picture(data: bytes, what: str) -> np.ndarray:
+    """uint8 [H, W, 3], RGB."""
+    try:
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:  # nothing in it, or larger than OpenCV takes
+        picture = None
+    if picture is None:
+        raise PromptError(f"{what} cannot be read as a picture")
+    return picture
+
+
+def read_tracks(tracks: Any, frames: int) -> np.ndarray:
+    """float64 [T, N, 2], px of the given image, from a list of N tracks of T points."""
+    if not isinstance(tracks, list) or not tracks:
+        raise PromptError("tracks must be a list of one or more tracks, each a list of [x, y]")
+    for n, track in enumerate(tracks):
+        _check_length(f"track {n}", track, frames, "points")
+        for t, point in enumerate(track):
+            numbers = isinstance(point, list) and len(point) == 2 and all(type(v) in (int, float) for v in point)
+            if not numbers or not all(abs(v) < 1e6 for v in point):  # False for NaN too
+                raise PromptError(f"track {n}, frame {t}: a point is [x, y] with two finite numbers, not {point!r}")
+    return np.array(tracks, float).transpose(1, 0, 2)
+
+
+def read_visible(visible: Any, frames: int, count: int) -> np.ndarray:
+    """bool [T, N], from a list of N lists of T flags; None: all true."""
+    if visible is None:
+        return np.ones((frames, count), bool)
+    if not isinstance(visible, list) or len(visible) != count:
+        raise PromptError(f"visible must be a list of {count} lists, one per track")
+    for n, flags in enumerate(visible):
+        _check_length(f"visible {n}", flags, frames, "flags")
+        if not all(type(flag) is bool for flag in flags):
+            raise PromptError(f"visible {n}: every flag must be true or false")
+    return np.array(visible).T
+
+
+def _check_length(what: str, values: Any, frames: int, unit: str) -> None:
+    if not isinstance(values, list) or len(values) != frames:
+        have = f"has {len(values)}" if isinstance(values, list) else f"is {values!r}"
+        raise PromptError(f"{what} {have}; it needs {frames} {unit}, one per video frame")

@@ -99,7 +99,7 @@ class GroupSampler:
                 frames, stream = sampler.decode(stream, x)
                 pixels = np.concatenate((pixels, frames), 1)
                 stream = sampler.append(stream, x)
-        return groups, _replays(torch.cat(latents, 2), stream.control, actions, watched)
+        return groups, _replays(torch.cat(latents, 2), stream, actions, watched)
 
     def _fork(self, stream: Stream, x: Tensor, v: Tensor, step: int, plans) -> list[tuple]:
         """Per row of the shared states x [P, C, f, h, w]: its G twigs' frames [G, t, H, W, 3] and the action."""
@@ -153,12 +153,12 @@ class GroupSampler:
                 stream = sampler.append(stream, x)
         videos = np.concatenate(pixels, 1)
         videos = videos.reshape(len(plans), members, *videos.shape[1:])
-        starts = {block: frames.start for block, frames in enumerate(sampler.frames) if block}
+        starts = {block: sampler.video(block).start for block in range(1, self.blocks)}
         groups = [
             _group(name, prompt, prompt.first_frame[None], videos[i], starts, version)
             for i, (name, prompt) in enumerate(zip(self._group_ids(plans, None), prompts))
         ]
-        return groups, _replays(torch.cat(latents, 2), stream.control, actions, watched)
+        return groups, _replays(torch.cat(latents, 2), stream, actions, watched)
 
     def _explore(self, stream: Stream, x: Tensor, v: Tensor, step: int, plans, members: Sequence[range]) -> Explored:
         """Samples the selected transition of each row for its members."""
@@ -178,7 +178,9 @@ class GroupSampler:
     def _subspace(self, stream: Stream, x: Tensor, v: Tensor, s: float) -> Subspace:
         if self.settings.explore == "tangent":
             return self._tangent(stream, x, v, s)
-        frames = self.sampler.frames[stream.block]
+        # The last video frame of each latent frame: its drag is what the latent frame ends with.
+        stop, stride = self.sampler.video(stream.block).stop, self.policy.codec.temporal_stride
+        frames = slice(stop - 1 - stride * (self.policy.sizes[stream.block] - 1), stop, stride)
         channels, h, w = self.policy.latent_shape
         cell, radius = (self.settings.cell, self.settings.radius) if self.settings.explore == "coarse" else (1, 0.0)
         return cells_near(
@@ -192,12 +194,12 @@ class GroupSampler:
         )
 
     def _tangent(self, stream: Stream, x: Tensor, v: Tensor, s: float) -> Basis:
-        """One pass of 2 f rows per state: the prediction with the drag moved by one pixel, per frame and axis."""
-        frames = self.sampler.frames[stream.block]
+        """One pass of 2 f rows per state: the prediction with the drag moved by a pixel, per axis and latent frame."""
+        frames, video = self.sampler.frames[stream.block], self.sampler.video(stream.block)
         controls = []
         for axis in (0, 1):
             tracks = stream.drag.tracks.clone()
-            tracks[:, frames, :, axis] += 1.0
+            tracks[:, video, :, axis] += 1.0
             moved = self.policy.control.encode(replace(stream.drag, tracks=tracks), frames)
             for f in range(frames.stop - frames.start):
                 control = stream.control[:, :, frames].clone()
@@ -255,10 +257,11 @@ def _watch(watched: Sequence[list[Watched]], actions, levels: tuple[float, float
                 watched[i].append(Watched(block, s, x[i : i + 1]))
 
 
-def _replays(history: Tensor, control: Tensor, actions, watched) -> list[Replay]:
+def _replays(history: Tensor, stream: Stream, actions, watched) -> list[Replay]:
+    rows = [slice(i, i + 1) for i in range(len(actions))]
     return [
-        Replay(history[i : i + 1], control[i : i + 1], tuple(taken), tuple(seen))
-        for i, (taken, seen) in enumerate(zip(actions, watched))
+        Replay(history[i], stream.control[i], stream.text[i], tuple(taken), tuple(seen))
+        for i, taken, seen in zip(rows, actions, watched)
     ]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -67,11 +68,12 @@ class Replay:
     """All actions that were taken along one history, so that ONE packed pass re-evaluates them.
 
     history [1, C, K, h, w]: clean latents of the blocks before the last action; control [1, Cc, F, h, w]: of the
-    whole video; watched: the last step of each block that has an action.
+    whole video; text [1, L, D]: of `DragPolicy.context`; watched: the last step of each block that has an action.
     """
 
     history: Tensor
     control: Tensor
+    text: Tensor
     actions: tuple[Action, ...]
     watched: tuple[Watched, ...]
 
@@ -95,3 +97,14 @@ class Films:
     prompts: tuple[DragPrompt, ...]
     videos: np.ndarray
     truths: np.ndarray | None
+
+
+def on_cpu(record: Any) -> Any:
+    """The record with every tensor in it on the CPU, from where the object store takes it."""
+    if isinstance(record, Tensor):
+        return record.cpu()
+    if isinstance(record, tuple):
+        return tuple(on_cpu(part) for part in record)
+    if is_dataclass(record):
+        return replace(record, **{f.name: on_cpu(getattr(record, f.name)) for f in fields(record)})
+    return record

@@ -31,7 +31,7 @@ class ReplayBatch:
         return list(zip(*(r.actions for r in self.replays)))
 
     def velocity(self, policy: DragPolicy, forward: Forward) -> list[Tensor]:
-        """The network at every state (`Replay.states`), list over states of [R, C, f, h, w]."""
+        """The network at every state (`Replay.states`), list over states of [R, C, f, h, w], where the replays lie."""
         history = torch.cat([r.history for r in self.replays])
         control = torch.cat([r.control for r in self.replays])
         blocks = [state.block for state in self.replays[0].states]
@@ -42,10 +42,10 @@ class ReplayBatch:
         noisy = torch.cat((states, control[:, :, [f for frames in at for f in frames]]), 1)
         t = torch.tensor(
             [[state.s * 1000 for state, frames in zip(r.states, at) for _ in frames] for r in self.replays],
-            device=history.device,
         )
-        v = forward(clean, noisy, t, policy.text(len(self.replays)), policy.sizes, blocks)
-        return list(v.float().split([len(frames) for frames in at], 2))
+        text = torch.cat([r.text for r in self.replays])
+        v = forward(*(part.to(policy.device) for part in (clean, noisy, t, text)), policy.sizes, blocks)
+        return list(v.float().to(history.device).split([len(frames) for frames in at], 2))
 
     def log_probs(self, kernel: Kernel, velocity: Sequence[Tensor]) -> list[Tensor]:
         """Log-probs of what was sampled, list over actions of [R, M]; the members of an action share one velocity."""

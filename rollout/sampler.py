@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policy.attention import KVCache
+from policy.attention import KVCache, rows_of
 from policy.codec import CodecState, from_pixels, to_pixels
 from policy.control import Drag
 from policy.policy import DragPolicy
@@ -41,19 +41,21 @@ def collate(prompts: Sequence[DragPrompt]) -> Drag:
 class Stream:
     """A batch of videos in the making; never changed, so a stream can be forked by `rows`.
 
-    drag: None where only latents are wanted. control [B, Cc, F, h, w]; cache: keys and values of the finished frames;
-    codec_state: of the frames decoded so far; block: the next one.
+    drag: None where only latents are wanted. control [B, Cc, F, h, w]; text: of `DragPolicy.context`; cache: keys and
+    values of the finished frames; codec_state: of the frames decoded so far; block: the next one.
     """
 
     drag: Drag | None
     control: Tensor
+    text: Tensor
     cache: KVCache
     codec_state: CodecState
     block: int
 
     def rows(self, index: Tensor) -> Stream:
-        state = self.codec_state and tuple(None if part is None else part[index] for part in self.codec_state)
-        return Stream(self.drag.rows(index), self.control[index], self.cache.rows(index), state, self.block)
+        state = self.codec_state and tuple(None if part is None else rows_of(part, index) for part in self.codec_state)
+        text, cache = rows_of(self.text, index), self.cache.rows(index)
+        return Stream(self.drag.rows(index), self.control[index], text, cache, state, self.block)
 
 
 class Sampler:
@@ -68,24 +70,31 @@ class Sampler:
         self.frames = [slice(int(a), int(b)) for a, b in itertools.pairwise(starts)]
         self.levels = list(zip(policy.sigmas, policy.sigmas[1:]))
 
+    def video(self, block: int) -> slice:
+        """The video frames of a block."""
+        return self.policy.video_frames(self.frames[block])
+
     def begin(self, prompts: Sequence[DragPrompt]) -> tuple[Stream, Tensor]:
         """The stream after its given first frame, and that frame's latent [B, C, 1, h, w]."""
-        drag = collate(prompts)
-        device = self.policy.net.model.device
-        drag = Drag(drag.first_frame.to(device), drag.tracks.to(device), drag.visible.to(device))
-        first = self.policy.first_latent(drag)
-        _, codec_state = self.policy.codec.decode(first, None)
-        stream = Stream(drag, self.policy.control.encode(drag), KVCache(), codec_state, 0)
+        drag, policy = collate(prompts), self.policy
+        device = policy.device
+        drag = policy.control.prepare(
+            Drag(*(part.to(device) for part in (drag.first_frame, drag.tracks, drag.visible)))
+        )
+        first = policy.first_latent(drag)
+        _, codec_state = policy.codec.decode(first, None)
+        text = policy.context([p.text for p in prompts], drag)
+        stream = Stream(drag, policy.control.encode(drag), text, KVCache(), codec_state, 0)
         return self.append(stream, first), first
 
     def initial(self, plans: Sequence[NoisePlan], block: int) -> Tensor:
         shape = self._shape(block)
-        return torch.stack([p.initial(block, shape) for p in plans]).to(self.policy.net.model.device)
+        return torch.stack([p.initial(block, shape) for p in plans]).to(self.policy.device)
 
     def velocity(self, stream: Stream, x: Tensor, s: float, control: Tensor | None = None) -> Tensor:
         """The network at state x [B, C, f, h, w] of the stream's next block, at noise level s."""
         control = stream.control[:, :, self.frames[stream.block]] if control is None else control
-        return self.policy.net.block(torch.cat((x, control), 1), s * 1000, self.policy.text(len(x)), stream.cache)
+        return self.policy.net.block(torch.cat((x, control), 1), s * 1000, stream.text, stream.cache)
 
     def advance(self, x: Tensor, v: Tensor, step: int, plans: Sequence[NoisePlan], block: int) -> Tensor:
         """An unselected step."""
@@ -104,7 +113,7 @@ class Sampler:
     def append(self, stream: Stream, block: Tensor) -> Stream:
         """The context pass on a finished block [B, C, f, h, w]."""
         x = torch.cat((block, stream.control[:, :, self.frames[stream.block]]), 1)
-        cache = self.policy.net.append(x, self.policy.text(len(x)), stream.cache)
+        cache = self.policy.net.append(x, stream.text, stream.cache)
         return replace(stream, cache=cache, block=stream.block + 1)
 
     def decode(self, stream: Stream, block: Tensor) -> tuple[np.ndarray, Stream]:

@@ -79,7 +79,7 @@ def own_history(policy: DragPolicy, first: Tensor, control: Tensor, noise: torch
     [B, C, F, h, w] (Self-Rollout).
     """
     sampler, written = Sampler(policy), [first]
-    stream = Stream(None, control, KVCache(), None, 0)
+    stream = Stream(None, control, policy.text([""] * len(control)), KVCache(), None, 0)
     for size in policy.sizes[1:]:
         stream = sampler.append(stream, written[-1])
         x = torch.randn(*first.shape[:2], size, *first.shape[3:], generator=noise)

@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
-from policy.policy import load_policy
+from policy.policy import PolicySource, load_policy
 from rollout.group import GroupSampler, RolloutSettings
 from rollout.plan import NoisePlan, make_plan
 from rollout.prompts import PromptSource
-from rollout.records import Films, GroupRollout, Replay
+from rollout.records import Films, GroupRollout, Replay, on_cpu
 
 
 class RolloutWorker:
-    """policy_path, weights: of `load_policy`. source: makes the prompt source in the worker's own process."""
+    """policy, weights: of `load_policy`. source: makes the prompt source in the worker's own process."""
 
     def __init__(
         self,
-        policy_path: str,
+        policy: str | PolicySource,
         weights: str | None,
         settings: RolloutSettings,
         source: Callable[[], PromptSource],
         seed: int,
     ) -> None:
-        self.policy = load_policy(policy_path, weights)
+        self.policy = load_policy(policy, weights).to("cuda" if torch.cuda.is_available() else "cpu")
         self.policy.net.requires_grad_(False)
         self.groups = GroupSampler(self.policy, settings)
         self.source, self.settings, self.seed = source(), settings, seed
@@ -40,7 +41,8 @@ class RolloutWorker:
             make_plan(self.seed, iteration, p.id, self.settings.select, self.settings.group_size, len(sizes) - 1, steps)
             for p in prompts
         ]
-        return self.groups.rollout(prompts, plans, version)
+        groups, replays = self.groups.rollout(prompts, plans, version)
+        return groups, [on_cpu(replay) for replay in replays]
 
     def generate(self, split: str, indices: Sequence[int], noise_seed: int) -> Films:
         """Videos of the prompts by the ODE from fixed initial noise, a function of (noise_seed, prompt) alone."""

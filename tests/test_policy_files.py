@@ -168,3 +168,10 @@ def test_weights_damaged_on_their_way_are_refused():
     lost = {key: array for key, array in weights.arrays.items() if key != name}
     with pytest.raises(WeightsError, match=f"the learner's weights does not fit this policy \\(missing {name}"):
         install(tiny_policy(), Weights(5, weights.digest, lost))
+
+
+def test_the_shipped_policy_is_saved_again_byte_for_byte(tmp_path):
+    shipped = Path(__file__).parents[1] / "policy/weights/tiny"
+    load_policy(shipped).save(tmp_path)
+    for name in ("policy.json", CODEC, TRANSFORMER, "transformer/config.json"):
+        assert (tmp_path / name).read_bytes() == (shipped / name).read_bytes(), name

@@ -1,0 +1,122 @@
+"""A policy on Wan2.1: which parts it is made of, and where they are read from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from policy.causal import TEXT_TOKENS
+from policy.control import Control
+from policy.files import WeightsError
+from policy.text import TextEncoder
+from policy.transition import check_schedule
+from policy.wan_codec import WanCodec, read_codec
+from policy.wan_control import BACKGROUNDS, FEATURES, WanControl
+from policy.wan_formats import read_wan
+from policy.wan_image import WanImage
+from policy.wan_text import WanText
+
+from diffusers import WanTransformer3DModel  # isort: skip  (after policy.wan_codec has readied torchvision)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STRIDE, TEMPORAL_STRIDE, PATCH = 8, 4, 2
+
+
+@dataclass(frozen=True)
+class WanSettings:
+    """height, width: of the picture, px. frames: video frames T, the given first one included. block: latent frames
+    generated together; a latent frame after the first holds 4 video frames.
+
+    sigmas: noise levels from 1 to 0. window / sink: latent frames a block sees, itself included (None: all), and first
+    frames always seen. features, background, drag_sigma, drag_window: of `WanControl`. base: the folder in diffusers
+    layout whose vae/, text_encoder/, tokenizer/ and image_encoder/ are used (None: the policy's own). text_cache:
+    folder of text embeddings; text_length: tokens. dtype: of the transformer and the encoders of text and image,
+    codec_dtype: of the autoencoder. gradient_checkpointing: keep one activation per block and compute the rest again.
+    Raises ValueError naming the key.
+    """
+
+    height: int
+    width: int
+    frames: int
+    block: int
+    sigmas: tuple[float, ...]
+    window: int | None
+    sink: int
+    features: str
+    background: str
+    drag_sigma: float
+    drag_window: float
+    base: str | None
+    text_cache: str
+    text_length: int
+    dtype: str
+    codec_dtype: str
+    gradient_checkpointing: bool
+
+    def __post_init__(self) -> None:
+        check_schedule(self.sigmas)
+        side, step = STRIDE * PATCH, TEMPORAL_STRIDE * self.block
+        rules = [
+            (self.height % side == 0, f"height={self.height} must be a multiple of {side}"),
+            (self.width % side == 0, f"width={self.width} must be a multiple of {side}"),
+            (
+                self.frames > 1 and (self.frames - 1) % step == 0,
+                f"frames={self.frames} must be one given frame and whole blocks of {step} (block={self.block})",
+            ),
+            (
+                self.window is None or self.window >= self.sink + self.block,
+                f"window={self.window} must hold the sink={self.sink} and a block={self.block}",
+            ),
+            (self.features in FEATURES, f"features={self.features} is none of {', '.join(FEATURES)}"),
+            (self.background in BACKGROUNDS, f"background={self.background} is none of {', '.join(BACKGROUNDS)}"),
+            (self.dtype in DTYPES, f"dtype={self.dtype} is none of {', '.join(DTYPES)}"),
+            (self.codec_dtype in DTYPES, f"codec_dtype={self.codec_dtype} is none of {', '.join(DTYPES)}"),
+        ]
+        for holds, message in rules:
+            if not holds:
+                raise ValueError(f"policy.wan.{message}")
+
+    @property
+    def size(self) -> int | tuple[int, int]:
+        """Side of a square picture, else (height, width), px."""
+        return self.height if self.height == self.width else (self.height, self.width)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Latent frames per block; block 0 is the given first frame."""
+        return (1, *[self.block] * ((self.frames - 1) // (TEMPORAL_STRIDE * self.block)))
+
+
+Parts = tuple[WanTransformer3DModel, WanCodec, Control, TextEncoder, WanImage | None]
+
+
+def read_parts(path: Path, s: WanSettings) -> Parts:
+    """The parts of a Wan, as `DragPolicy` takes them.
+
+    path: a folder in diffusers layout, or weights in any format of `policy.wan_formats`. A T2V transformer is given
+    the control channels, zero-initialised; an I2V one of 36 channels is taken as it is. Raises WeightsError naming
+    what is missing, damaged, or does not go together.
+    """
+    base = Path(s.base or path)
+    vae = path / "vae" if (path / "vae").is_dir() else base / "vae"
+    if not vae.is_dir():
+        raise WeightsError(f"{base} holds no vae/; give policy.wan.base, a folder of Wan2.1 in diffusers layout")
+    codec = read_codec(vae, DTYPES[s.codec_dtype])
+    control = WanControl(codec, s.features, s.background, s.drag_sigma, s.drag_window)
+    transformer = read_wan(path, DTYPES[s.dtype], codec.channels + control.channels)
+    config = transformer.config
+    if config.out_channels != codec.channels:
+        raise WeightsError(f"{path} makes {config.out_channels} channels, but {vae} reads {codec.channels}")
+    if config.pos_embed_seq_len is not None:
+        raise WeightsError(f"{path} reads a last frame too; choose a Wan that goes on from the first")
+    if config.image_dim is not None and s.text_length != TEXT_TOKENS:
+        raise WeightsError(f"{path} reads an image too; give policy.wan.text_length={TEXT_TOKENS}")
+    images = None if config.image_dim is None else WanImage(base, DTYPES[s.dtype])
+    return transformer, codec, control, read_texts(path, s, config.text_dim), images
+
+
+def read_texts(path: str | Path, s: WanSettings, dim: int | None = None, device: str = "cpu") -> WanText:
+    """The text embeddings of a Wan. dim: what its transformer reads, where that is to be checked."""
+    return WanText(s.text_cache, s.text_length, dim, s.base or path, DTYPES[s.dtype], device)
