@@ -105,7 +105,6 @@ class LearnerConfig:
     weight_decay: float
     grad_clip: float
     beta: float
-    beta_last: float
     clip: float
     ema: float
     equalise_steps: bool

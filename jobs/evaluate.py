@@ -1,6 +1,6 @@
 """Measure a policy on held-out prompts: pure ODE sampling, fixed noise, metrics and canaries.
 
-python -m jobs.evaluate policy.weights=outputs/train/latest/checkpoints/step_000052/policy.safetensors evaluate.seed=7
+python -m jobs.evaluate policy.weights=outputs/train/latest/checkpoints/step_000030/policy.safetensors evaluate.seed=7
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write a policy's transformer for others to use: as a folder that stock diffusers loads, or in Wan2.1's own names.
 
-python -m jobs.export policy.weights=outputs/train/latest/checkpoints/step_000052/policy.safetensors out=exported
+python -m jobs.export policy.weights=outputs/train/latest/checkpoints/step_000030/policy.safetensors out=exported
 python -m jobs.export policy.path=/models/self_forcing_dmd.pt in_channels=36 out=/models/self_forcing
 """
 

@@ -28,9 +28,7 @@ from rollout.replay import ReplayBatch, batches
 class LearnerSettings:
     """lr: falls linearly from this to 0 at `decay_iterations` (None: constant), so that the last steps settle.
 
-    beta: weight of the divergence from the reference at the selected steps; beta_last: at the last step of each block,
-    which is never selected. clip: of the ratio. ema: decay of the averaged weights (0: none).
-
+    beta: weight of the divergence from the reference. clip: of the ratio. ema: decay of the averaged weights (0: none).
     eps: of Adam; weights whose gradient is rounding alone (key biases) must not move by the learning rate.
     equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass.
     updates_per_rollout: optimizer steps on one batch. freeze: patterns (`*`, `?`, of diffusers' names) of weights that
@@ -44,7 +42,6 @@ class LearnerSettings:
     weight_decay: float
     grad_clip: float
     beta: float
-    beta_last: float
     clip: float
     ema: float
     equalise_steps: bool
@@ -134,7 +131,7 @@ class Learner:
         old: list[list[Tensor]] = []
         stats = {"lr": self._set_lr()}
         for epoch in range(self.settings.updates_per_rollout):
-            sums = torch.zeros(5)
+            sums = torch.zeros(4)
             deviations: list[Tensor] = []
             for i, batch in enumerate(work):
                 v = batch.velocity(self.policy, self.engine)
@@ -154,14 +151,13 @@ class Learner:
                     stats["grad_norm"] = self._grad_norm()
                 self.engine.step()
             self._average()
-            stats |= dict(zip(("policy_loss", "kl", "clip_fraction", "ratio", "kl_last"), (sums / total).tolist()))
+            stats |= dict(zip(("policy_loss", "kl", "clip_fraction", "ratio"), (sums / total).tolist()))
         self.version += 1
         return stats
 
     def _loss(self, batch: ReplayBatch, v, v_ref, logp, old, advantages: Advantages) -> tuple[Tensor, Tensor]:
         """Sum of the loss over the batch's actions, and the sums of (policy loss, divergence, clip fraction, ratio)."""
-        zero = torch.zeros(())
-        loss, parts = torch.zeros(()), torch.zeros(5)
+        loss, parts = torch.zeros(()), torch.zeros(4)
         for j, actions in enumerate(batch.actions):
             divergence = velocity_divergence(v[j], v_ref[j])
             for r, action in enumerate(actions):
@@ -174,11 +170,7 @@ class Learner:
                     own, ratio = clipped_ratio_loss(logp[j][r], old[j][r], a, self.settings.clip)
                 loss = loss + scale * own.mean() + self.settings.beta * divergence[r]
                 clipped = ((ratio - 1).abs() > self.settings.clip).float().mean()
-                parts += torch.stack((own.mean(), divergence[r], clipped, ratio.mean(), zero)).detach().cpu()
-        for j in range(len(batch.actions), len(v)):
-            last = velocity_divergence(v[j], v_ref[j]).sum()
-            loss = loss + self.settings.beta_last * last
-            parts[4] += last.detach().cpu()
+                parts += torch.stack((own.mean(), divergence[r], clipped, ratio.mean())).detach().cpu()
         return loss, parts
 
     def _check(self, deviations: Sequence[Tensor]) -> float:

@@ -19,7 +19,7 @@ from policy.policy import DragPolicy
 from policy.transition import Kernel, place, transition
 from rollout.plan import NoisePlan
 from rollout.prompts import DragPrompt
-from rollout.records import Action, GroupRollout, Replay, Watched
+from rollout.records import Action, GroupRollout, Replay
 from rollout.sampler import Sampler, Stream
 from rollout.seeds import seed_of
 
@@ -78,7 +78,6 @@ class GroupSampler:
         latents, pixels = [first], np.stack([p.first_frame for p in prompts])[:, None]
         groups: list[GroupRollout] = []
         actions: list[list[Action]] = [[] for _ in prompts]
-        watched: list[list[Watched]] = [[] for _ in prompts]
         last = max(block for plan in plans for block, _ in plan.selected)
         for block in range(1, last + 1):
             x = sampler.initial(plans, block)
@@ -92,14 +91,13 @@ class GroupSampler:
                         actions[i].append(action)
                         starts = {block: pixels.shape[1]}
                         groups.append(_group(action.group_id, prompts[i], pixels[i], frames, starts, version))
-                _watch(watched, actions, sampler.levels[k], block, x)
                 x = sampler.advance(x, v, k, plans, block)
             if block < last:
                 latents.append(x)
                 frames, stream = sampler.decode(stream, x)
                 pixels = np.concatenate((pixels, frames), 1)
                 stream = sampler.append(stream, x)
-        return groups, _replays(torch.cat(latents, 2), stream, actions, watched)
+        return groups, _replays(torch.cat(latents, 2), stream, actions)
 
     def _fork(self, stream: Stream, x: Tensor, v: Tensor, step: int, plans) -> list[tuple]:
         """Per row of the shared states x [P, C, f, h, w]: its G twigs' frames [G, t, H, W, 3] and the action."""
@@ -130,7 +128,6 @@ class GroupSampler:
         wide = torch.arange(len(plans), device=first.device).repeat_interleave(members)
         stream, latents, pixels = stream.rows(wide), [first[wide]], []
         actions: list[list[Action]] = [[] for _ in wide_plans]
-        watched: list[list[Watched]] = [[] for _ in wide_plans]
         for block in range(1, self.blocks):
             x = sampler.initial(wide_plans, block)
             for k, (s, _) in enumerate(sampler.levels):
@@ -144,7 +141,6 @@ class GroupSampler:
                     moved[at] = explored.states[:, 0]
                     for i, action in zip(rows, explored.actions(x[at], self._group_ids(chosen, None), members_of)):
                         actions[i].append(action)
-                _watch(watched, actions, sampler.levels[k], block, x)
                 x = moved
             frames, stream = sampler.decode(stream, x)
             pixels.append(frames)
@@ -158,7 +154,7 @@ class GroupSampler:
             _group(name, prompt, prompt.first_frame[None], videos[i], starts, version)
             for i, (name, prompt) in enumerate(zip(self._group_ids(plans, None), prompts))
         ]
-        return groups, _replays(torch.cat(latents, 2), stream, actions, watched)
+        return groups, _replays(torch.cat(latents, 2), stream, actions)
 
     def _explore(self, stream: Stream, x: Tensor, v: Tensor, step: int, plans, members: Sequence[range]) -> Explored:
         """Samples the selected transition of each row for its members."""
@@ -248,21 +244,9 @@ class Explored:
         ]
 
 
-def _watch(watched: Sequence[list[Watched]], actions, levels: tuple[float, float], block: int, x: Tensor) -> None:
-    """Notes the state of every row that has taken an action in this block, when its last step is about to be taken."""
-    s, s2 = levels
-    if s2 == 0:
-        for i, taken in enumerate(actions):
-            if taken and taken[-1].block == block:
-                watched[i].append(Watched(block, s, x[i : i + 1]))
-
-
-def _replays(history: Tensor, stream: Stream, actions, watched) -> list[Replay]:
+def _replays(history: Tensor, stream: Stream, actions: Sequence[Sequence[Action]]) -> list[Replay]:
     rows = [slice(i, i + 1) for i in range(len(actions))]
-    return [
-        Replay(history[i], stream.control[i], stream.text[i], tuple(taken), tuple(seen))
-        for i, taken, seen in zip(rows, actions, watched)
-    ]
+    return [Replay(history[i], stream.control[i], stream.text[i], tuple(taken)) for i, taken in zip(rows, actions)]
 
 
 def _group(name, prompt, shared, members, starts, version) -> GroupRollout:

@@ -52,40 +52,22 @@ class Action:
 
 
 @dataclass(frozen=True)
-class Watched:
-    """The state x [1, C, f, h, w], fp32, before the last denoising step (level s) of a block that has an action.
-
-    That step is never selected, so no log-prob keeps it in check: the learner holds it to the reference here.
-    """
-
-    block: int
-    s: float
-    x: Tensor
-
-
-@dataclass(frozen=True)
 class Replay:
     """All actions that were taken along one history, so that ONE packed pass re-evaluates them.
 
     history [1, C, K, h, w]: clean latents of the blocks before the last action; control [1, Cc, F, h, w]: of the
-    whole video; text [1, L, D]: of `DragPolicy.context`; watched: the last step of each block that has an action.
+    whole video; text [1, L, D]: of `DragPolicy.context`.
     """
 
     history: Tensor
     control: Tensor
     text: Tensor
     actions: tuple[Action, ...]
-    watched: tuple[Watched, ...]
-
-    @property
-    def states(self) -> tuple[Action | Watched, ...]:
-        """Where the packed pass evaluates the network."""
-        return (*self.actions, *self.watched)
 
     @property
     def signature(self) -> tuple:
         """Replays of one signature can be batched: same frames, same blocks, same exploration coordinates."""
-        return (self.history.shape, tuple((a.block, a.coordinates.shape[1:]) for a in self.actions), len(self.watched))
+        return (self.history.shape, tuple((a.block, a.coordinates.shape[1:]) for a in self.actions))
 
 
 @dataclass(frozen=True)

@@ -31,17 +31,18 @@ class ReplayBatch:
         return list(zip(*(r.actions for r in self.replays)))
 
     def velocity(self, policy: DragPolicy, forward: Forward) -> list[Tensor]:
-        """The network at every state (`Replay.states`), list over states of [R, C, f, h, w], where the replays lie."""
+        """The network at every action's state, list over actions of [R, C, f, h, w], where the replays lie."""
         history = torch.cat([r.history for r in self.replays])
         control = torch.cat([r.control for r in self.replays])
-        blocks = [state.block for state in self.replays[0].states]
+        first = self.replays[0]
+        blocks = [a.block for a in first.actions]
         starts = torch.tensor((0, *policy.sizes)).cumsum(0).tolist()
         at = [range(starts[b], starts[b + 1]) for b in blocks]
         clean = torch.cat((history, control[:, :, : history.shape[2]]), 1)
-        states = torch.cat([torch.cat([state.x for state in r.states], 2) for r in self.replays])
+        states = torch.cat([torch.cat([a.x for a in actions]) for actions in self.actions], 2)
         noisy = torch.cat((states, control[:, :, [f for frames in at for f in frames]]), 1)
         t = torch.tensor(
-            [[state.s * 1000 for state, frames in zip(r.states, at) for _ in frames] for r in self.replays],
+            [[a.s * 1000 for a, frames in zip(r.actions, at) for _ in frames] for r in self.replays],
         )
         text = torch.cat([r.text for r in self.replays])
         v = forward(*(part.to(policy.device) for part in (clean, noisy, t, text)), policy.sizes, blocks)

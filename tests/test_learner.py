@@ -27,7 +27,6 @@ DEFAULTS = LearnerSettings(
     weight_decay=0.0,
     grad_clip=1.0,
     beta=3.0,
-    beta_last=0.0,
     clip=0.2,
     ema=0.5,
     equalise_steps=True,
@@ -112,15 +111,6 @@ def test_frozen_weights_stay_and_all_others_move(policy_path, experience):
 def test_a_freeze_that_cannot_be_meant_is_refused(patterns, message):
     with pytest.raises(ValueError, match=message):
         freeze(tiny_policy().net.model, patterns)
-
-
-def test_the_penalty_of_the_last_step_holds_it_to_the_reference(policy_path, experience):
-    drift = {}
-    for beta_last in (0.0, 100.0):
-        learner = alone(policy_path, beta_last=beta_last, ratio_tolerance=math.inf)
-        for _ in range(4):
-            drift[beta_last] = learner.update(*experience)["kl_last"]
-    assert 0 < drift[100.0] < 0.8 * drift[0.0]
 
 
 def test_the_learning_rate_falls_linearly_to_nothing(policy_path, experience):

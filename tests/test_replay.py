@@ -50,7 +50,7 @@ def test_replay_equals_rollout_in_any_batch_shape(window, select, explore):
 def shift(replay, control=0, step=0.0, history=1.0):
     """The replay with its control rolled in time, its noise level raised, its history scaled."""
     actions = tuple(replace(a, s=a.s + step) for a in replay.actions)
-    return Replay(replay.history * history, replay.control.roll(control, 2), replay.text, actions, replay.watched)
+    return Replay(replay.history * history, replay.control.roll(control, 2), replay.text, actions)
 
 
 @pytest.mark.parametrize("wrong", [{"control": 1}, {"step": 0.05}, {"history": 0.0}], ids=str)
@@ -116,29 +116,11 @@ def test_no_other_step_than_the_selected_ones_learns(select):
     assert learnt(policy, groups, replays) > set(made[0].selected)
 
 
-@pytest.mark.parametrize("select", SELECTS)
-@torch.no_grad()
-def test_the_last_step_of_a_block_is_watched_where_the_rollout_took_it(select):
-    policy, chosen = tiny_policy(), settings(select)
-    for replay in replays_of(policy, chosen):
-        assert [w.block for w in replay.watched] == sorted({a.block for a in replay.actions})
-        velocities = ReplayBatch((replay,)).velocity(policy, policy.net)[len(replay.actions) :]
-        starts = torch.tensor((0, *policy.sizes)).cumsum(0).tolist()
-        for watched, v in zip(replay.watched, velocities):
-            finished = watched.x - watched.s * v  # the ODE step to s' = 0
-            after = replay.history[:, :, starts[watched.block] : starts[watched.block + 1]]
-            if after.shape[2]:  # the history ends before the last block
-                assert torch.allclose(finished, after, atol=1e-5)
-                assert not torch.allclose(watched.x, after, atol=1e-2)
-
-
-def test_a_state_depends_on_itself_alone_among_the_packed_ones():
+def test_an_action_depends_on_its_own_state_alone_among_the_packed_ones():
     policy, chosen = tiny_policy(), settings("trunk")
     (replay,) = replays_of(policy, chosen, 1)
-    states = [state.x.clone().requires_grad_() for state in replay.states]
-    moved = [replace(state, x=x) for state, x in zip(replay.states, states)]
-    actions = len(replay.actions)
-    batch = ReplayBatch((replace(replay, actions=tuple(moved[:actions]), watched=tuple(moved[actions:])),))
+    states = [a.x.clone().requires_grad_() for a in replay.actions]
+    batch = ReplayBatch((replace(replay, actions=tuple(replace(a, x=x) for a, x in zip(replay.actions, states))),))
     for j, v in enumerate(batch.velocity(policy, policy.net)):
         grads = torch.autograd.grad(v.square().sum(), states, retain_graph=True)
         assert [bool(g.any()) for g in grads] == [i == j for i in range(len(states))]
@@ -162,7 +144,7 @@ def one_by_one(replay):
     for a in replay.actions:
         for i, member in enumerate(a.members):
             own = replace(a, members=(member,), coordinates=a.coordinates[:, i : i + 1], logp=a.logp[:, i : i + 1])
-            yield Replay(replay.history, replay.control, replay.text, (own,), ())
+            yield Replay(replay.history, replay.control, replay.text, (own,))
 
 
 @pytest.mark.parametrize("explore", EXPLORES)
@@ -189,7 +171,7 @@ def test_replays_of_different_layouts_are_not_batched():
 @budget(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 5))
 def test_batches_hold_every_replay_once_with_its_like_and_in_order(lengths, size):
-    replays = [Replay(torch.zeros(1, 1, n, 1, 1), torch.zeros(1), torch.zeros(1), (), ()) for n in lengths]
+    replays = [Replay(torch.zeros(1, 1, n, 1, 1), torch.zeros(1), torch.zeros(1), ()) for n in lengths]
     made = batches(replays, size)
     assert sorted(i for batch in made for i in batch) == list(range(len(lengths)))
     for batch in made:
