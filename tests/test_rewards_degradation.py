@@ -44,12 +44,7 @@ def blurred(index, sigma):
     return np.stack([video[0], *later])
 
 
-HOLE = pytest.mark.xfail(
-    strict=True, reason="on a smooth ground the scorer tells only three holes in four; see its card"
-)
-
-
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=HOLE) if kind == "hole" else kind for kind in TRAINED])
+@pytest.mark.parametrize("kind", TRAINED)
 def test_inside_a_scene_a_ruined_clip_scores_below_a_clean_one(shipped, kind):
     frames = [10, 11, 12]
     clean, ruined = (
