@@ -129,6 +129,6 @@ def test_the_shipped_weights_are_small_and_have_a_card():
 @pytest.mark.slow
 def test_a_short_training_already_orders_blur(tmp_path):
     losses = []
-    table = train_scorer(60, 96, 4e-3, 0, tmp_path, lambda step, metrics: losses.append(metrics["loss"]))
-    assert losses[-1] < losses[0] and table["blur"][1] > 0.5
+    table = train_scorer(160, 96, 4e-3, 0, tmp_path, lambda step, metrics: losses.append(metrics["loss"]))
+    assert losses[-1] < 0.95 * losses[0] and table["blur"][1] > 0.5
     assert Degradation(tmp_path).model.config["image_size"] == 64
