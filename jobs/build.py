@@ -60,11 +60,6 @@ def validate(c: TrainConfig) -> Settings:
             l.micro_batch >= 1 and l.updates_per_rollout >= 1,
             "learner.micro_batch and learner.updates_per_rollout must be at least 1",
         ),
-        (
-            l.bf16 or c.policy.lora.rank or getattr(settings, "dtype", "float32") == "float32",
-            "learner.bf16=false would train policy.wan.dtype=bfloat16 without float32 copies; give learner.bf16=true, "
-            "or train adapters with policy.lora.rank",
-        ),
         (0 <= l.ema < 1, f"learner.ema={l.ema} must lie in [0, 1)"),
         (
             any(t.role == "train" for t in terms.values()),
@@ -158,7 +153,12 @@ def make_reward_fleet(c: TrainConfig) -> Fleet:
 
 
 def make_learner(c: TrainConfig) -> Fleet:
-    """The learner's ranks, joined."""
+    """The learner's ranks, joined. ConfigError where weights of bfloat16 would be all that is kept of an update."""
+    if c.policy.wan and c.policy.wan.dtype == "bfloat16" and not (c.learner.bf16 or c.policy.lora.rank):
+        raise ConfigError(
+            "learner.bf16=false would train policy.wan.dtype=bfloat16 without float32 copies; give learner.bf16=true, "
+            "or train adapters with policy.lora.rank"
+        )
     args = (policy_source(c.policy), c.policy.weights, make_kernel(c), learner_settings(c), c.learner.ranks)
     role = RoleConfig(
         c.learner.ranks, c.cluster.learner.num_cpus, c.cluster.learner.num_gpus, c.cluster.learner.timeout_s, 0

@@ -106,6 +106,8 @@ class DragPolicy:
     def to(self, device: str | torch.device) -> DragPolicy:
         self.net.to(device)
         self.codec.to(device)
+        for encoder in filter(None, (self.texts, self.images)):
+            encoder.device = torch.device(device)
         return self
 
     @property
@@ -140,7 +142,6 @@ class DragPolicy:
         """What the cross-attention reads: the text, and the first frame too where the transformer asks for it."""
         if self.images is None:
             return self.text(texts)
-        self.images.device = self.device
         return join_context(self.text(texts), self.images(drag.first_frame))
 
     def first_latent(self, drag: Drag) -> Tensor:

@@ -10,8 +10,12 @@ from torch import Tensor
 
 
 class TextEncoder(Protocol):
+    """device: where it computes; what it returns lies on the CPU."""
+
+    device: torch.device
+
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [B, L, text_dim] on the CPU, one row of tokens per text; rows beyond a text's end are zero."""
+        """Embeddings [B, L, text_dim], one row of tokens per text; rows beyond a text's end are zero."""
         ...
 
 
@@ -19,7 +23,7 @@ class NoText:
     """For a policy that was never shown a text: zero embeddings [B, 1, text_dim], whatever the text."""
 
     def __init__(self, dim: int) -> None:
-        self.dim = dim
+        self.dim, self.device = dim, torch.device("cpu")
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return torch.zeros(len(texts), 1, self.dim)

@@ -43,9 +43,10 @@ class WanText:
         dim: int | None,
         folder: str | Path | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
     ) -> None:
-        self.cache, self.length, self.dim, self.dtype, self.device = Path(cache), length, dim, dtype, device
+        self.cache, self.length, self.dim = Path(cache), length, dim
+        self.dtype, self.device = dtype, torch.device(device)
         self.folder = Path(folder) if folder is not None and (Path(folder) / "text_encoder").is_dir() else None
         recorded = self._recorded()
         own = f"{identity_of(self.folder)}-{str(dtype).removeprefix('torch.')}" if self.folder else recorded
@@ -136,7 +137,7 @@ def identity_of(folder: Path) -> str:
     return h.hexdigest()
 
 
-def _pipeline(folder: Path, dtype: torch.dtype, device: str):
+def _pipeline(folder: Path, dtype: torch.dtype, device: torch.device):
     """diffusers' WanPipeline with its text half alone."""
     from diffusers import WanPipeline  # here, as it takes seconds that a run with cached texts does not need
     from transformers import AutoTokenizer, UMT5EncoderModel

@@ -111,7 +111,7 @@ class Learner:
                 "nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=5)
             )
         net, s = self.policy.net, self.settings
-        self.reference = self.policy.reference()
+        self.reference = self.policy.reference().to("cuda" if gpu else "cpu")
         freeze(net.model, s.freeze)
         trained = [p for p in net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
