@@ -17,9 +17,7 @@ def main(config: TrainConfig) -> None:
     """Prints every faulty row and how many prompts each split has; exit status 1 where a row is faulty."""
     settings, c = validate(config), config.prompts
     if c.kind == "sprites":
-        raise ConfigError(
-            "prompts=sprites are drawn, with nothing to check; choose prompts=folder or prompts=table"
-        )
+        raise ConfigError("prompts=sprites are drawn, with nothing to check; choose prompts=folder or prompts=table")
     source = make_source(c.kind, c.path, c.world_seed, settings.size, settings.frames)
     faulty = 0
     for split, count in source.splits.counts.items():
