@@ -329,6 +329,9 @@ def test_the_plan_is_printed_for_1_8_and_32_gpus_without_weights(capsys):
     assert all(word in out for word in ("1 GPU ", "8 GPUs", "32 GPUs", "optimizer", "KV cache", "iteration, s"))
     status, out, _ = plan(capsys, "policy=wan_1_3b", "lora.rank=16", "gpus=[1]")
     assert status == 0 and "8 GPUs" not in out
+    small = ("+policy.wan.height=240", "+policy.wan.width=416", "+policy.lora.rank=8")
+    status, out, _ = plan(capsys, "policy=wan_1_3b", *small, "gpus=[1]")
+    assert status == 0 and "5.9 M trained, 390 tokens" in " ".join(out.split())
     status, out, _ = plan(capsys)
     assert status == 0 and "2.0 M weights, 0.3 M trained" in out
 
