@@ -1,0 +1,239 @@
+"""What a training would need, before anything is started: memory per GPU, seconds per iteration, the largest group.
+
+python -m jobs.plan policy=wan_1_3b rollout.group_size=16 gpus=[8,32]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from jobs.cli import ConfigError, job
+from jobs.config import ClusterConfig, LearnerConfig, RolloutConfig
+from policy.codec import Codec, ConvCodec
+from policy.policy import read_settings
+from rl.meta import StreamedWan, codec_cost, meta_transformer, trained_weights
+from rl.plan import GIB, MOST, CodecCost, Estimate, Gpu, Shape, Work, estimate, total
+from rollout.group import EXPLORES
+from rollout.plan import SELECTS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class ShapeConfig:
+    """A policy without its weights; `transformer` as in diffusers' config.json."""
+
+    height: int
+    width: int
+    frames: int
+    block: int
+    sigmas: list[float]
+    window: int | None
+    sink: int
+    text_length: int
+    dtype: str
+    gradient_checkpointing: bool
+    attention: str
+    codec: str
+    transformer: dict[str, Any]
+
+
+@dataclass
+class GpuConfig:
+    """reserve_gib: what the rewards, CUDA itself and fragmentation take."""
+
+    memory_gib: float
+    tflops: float
+    efficiency: float
+    reserve_gib: float
+
+
+@dataclass
+class LoraConfig:
+    rank: int
+    targets: list[str]
+
+
+@dataclass
+class PlanConfig:
+    rollout: RolloutConfig
+    learner: LearnerConfig
+    cluster: ClusterConfig
+    gpus: list[int]
+    gpu: GpuConfig
+    learner_share: float | None
+    lora: LoraConfig
+    policy: dict[str, Any] = field(default_factory=dict)
+    shape: ShapeConfig | None = None
+
+
+@job("plan", PlanConfig)
+def main(config: PlanConfig) -> None:
+    """Prints one column per number of GPUs; exit status 1 and one line where one of them does not fit."""
+    check(config)
+    work, g = work_of(config), config.gpu
+    shape, codec = shape_of(config)
+    gpu = Gpu(g.memory_gib * GIB, g.reserve_gib * GIB, g.tflops * 1e12 * g.efficiency)
+    estimates = [estimate(shape, codec, work, gpu, n, config.learner_share) for n in config.gpus]
+    Console(width=max(100, Console().width)).print(table(shape, work, g, estimates))
+    for e in estimates:
+        if e.memory > gpu.memory:
+            raise ConfigError(refusal(e, work, g))
+
+
+def check(c: PlanConfig) -> None:
+    r = c.rollout
+    rules = [
+        (c.gpus and min(c.gpus) >= 1, f"gpus={c.gpus} must be numbers of GPUs, like [1,8,32]"),
+        (c.cluster.backend == "ray" or c.gpus == [1], f"cluster.backend={c.cluster.backend} is one process: gpus=[1]"),
+        (0 < c.gpu.efficiency <= 1, f"gpu.efficiency={c.gpu.efficiency} must lie in (0, 1]"),
+        (c.gpu.memory_gib > 0 and c.gpu.tflops > 0, "gpu.memory_gib and gpu.tflops must be above 0"),
+        (c.learner_share is None or 0 < c.learner_share < 1, f"learner_share={c.learner_share} must lie in (0, 1)"),
+        (c.lora.rank >= 0, f"lora.rank={c.lora.rank} must be 0 or more"),
+        (c.learner.zero_stage in (0, 1, 2, 3), f"learner.zero_stage={c.learner.zero_stage} must be 0, 1, 2 or 3"),
+        (r.select in SELECTS, f"rollout.select={r.select} is none of {', '.join(SELECTS)}"),
+        (r.explore in EXPLORES, f"rollout.explore={r.explore} is none of {', '.join(EXPLORES)}"),
+        (r.group_size >= 2, f"rollout.group_size={r.group_size}: a group needs at least 2 members to compare"),
+        (
+            r.prompts_per_task >= 1 and r.prompts_per_iteration % r.prompts_per_task == 0,
+            f"rollout.prompts_per_iteration={r.prompts_per_iteration} must be a multiple of "
+            f"rollout.prompts_per_task={r.prompts_per_task}",
+        ),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(message)
+
+
+def work_of(c: PlanConfig) -> Work:
+    r, l = c.rollout, c.learner
+    return Work(
+        select=r.select,
+        tangent=r.explore == "tangent",
+        group=r.group_size,
+        prompts=r.prompts_per_iteration,
+        prompts_per_task=r.prompts_per_task,
+        horizon=r.horizon,
+        micro_batch=l.micro_batch,
+        updates=l.updates_per_rollout,
+        zero_stage=l.zero_stage,
+    )
+
+
+def shape_of(c: PlanConfig) -> tuple[Shape, CodecCost]:
+    """Of the shape that the configuration describes, else of the policy folder; its weights are not read."""
+    s = c.shape or read_shape(c.policy.get("path"))
+    if s.dtype not in DTYPES:
+        raise ConfigError(f"shape.dtype={s.dtype} is none of {', '.join(DTYPES)}")
+    if s.attention not in ("flex", "dense"):
+        raise ConfigError(f"shape.attention={s.attention} must be flex or dense")
+    dtype = torch.bfloat16 if c.learner.bf16 else DTYPES[s.dtype]
+    codec, stride, temporal_stride = meta_codec(s, dtype)
+    latent = s.height // stride, s.width // stride
+    model = meta_transformer(s.transformer)
+    count = sum(p.numel() for p in model.parameters())
+    trained, full, lora_inputs = trained_weights(model, c.learner.freeze, c.lora.rank, c.lora.targets)
+    t = model.config
+    patch = math.prod(t.patch_size)
+    blocks, rest = divmod(s.frames - 1, temporal_stride * s.block)
+    if rest or blocks < 1:
+        raise ConfigError(f"shape.frames={s.frames} must be 1 and a multiple of {temporal_stride * s.block}")
+    shape = Shape(
+        layers=t.num_layers,
+        width=t.num_attention_heads * t.attention_head_dim,
+        ffn=t.ffn_dim,
+        text_dim=t.text_dim,
+        freq_dim=t.freq_dim,
+        inputs=t.in_channels * patch,
+        outputs=t.out_channels * patch,
+        tokens=math.prod(latent) // patch,
+        text_tokens=s.text_length,
+        sizes=(1, *[s.block] * blocks),
+        steps=len(s.sigmas) - 1,
+        window=s.window,
+        sink=s.sink,
+        weights=count,
+        trained=trained,
+        full=full,
+        lora_inputs=lora_inputs,
+        bytes=dtype.itemsize,
+        checkpointing=s.gradient_checkpointing,
+        flex=s.attention == "flex",
+    )
+    return shape, codec_cost(codec, torch.empty(1, codec.channels, s.block, *latent, dtype=dtype, device="meta"))
+
+
+def read_shape(path: str | None) -> ShapeConfig:
+    if path is None:
+        raise ConfigError("policy names neither a shape in conf/plan/ nor a folder in policy.path; give one of them")
+    settings = read_settings(path)
+    return ShapeConfig(
+        height=settings.size,
+        width=settings.size,
+        frames=settings.frames,
+        block=settings.block,
+        sigmas=list(settings.sigmas),
+        window=settings.window,
+        sink=settings.sink,
+        text_length=1,
+        dtype="float32",
+        gradient_checkpointing=False,
+        attention="dense",
+        codec=f"conv {settings.codec_channels} {settings.codec_width}",
+        transformer=json.loads((Path(path) / "transformer/config.json").read_text()),
+    )
+
+
+def meta_codec(s: ShapeConfig, dtype: torch.dtype) -> tuple[Codec, int, int]:
+    """The codec without memory, its stride and its temporal stride."""
+    kind, *sizes = s.codec.split()
+    with torch.device("meta"):
+        if kind == "conv":
+            return ConvCodec(*(int(size) for size in sizes)).eval(), ConvCodec.spatial_stride, 1
+        if kind == "wan":
+            return StreamedWan(dtype), 8, 4
+    raise ConfigError(f"shape.codec={s.codec} must be wan, or conv with its channels and width")
+
+
+def table(s: Shape, work: Work, gpu: GpuConfig, estimates: list[Estimate]) -> Table:
+    counts = f"{s.weights / 1e6:,.1f} M weights, {s.trained / 1e6:,.1f} M trained, {s.tokens} tokens per latent frame"
+    assumed = f"{gpu.memory_gib:g} GiB and {gpu.efficiency:.0%} of {gpu.tflops:g} TFLOP/s on each GPU"
+    out = Table(
+        title=f"GiB per GPU; {counts}; groups of {work.group} ({work.select})",
+        caption=f"{assumed}. Rows with a star are not all there at the same time.",
+    )
+    for name in ("role", "what", *(f"{e.gpus} GPU{'s' * (e.gpus > 1)}" for e in estimates)):
+        out.add_column(name, justify="left" if name in ("role", "what") else "right")
+    for role in ("rollout", "learner"):
+        columns = [[p for p in e.parts if p.role == role] for e in estimates]
+        for row in zip(*columns):
+            out.add_row(role, row[0].name + " *" * bool(row[0].phase), *(f"{p.bytes / GIB:.2f}" for p in row))
+        out.add_row(role, "[bold]in all", *(f"[bold]{total(parts) / GIB:.2f}" for parts in columns), end_section=True)
+    out.add_row("GPU", f"[bold]with {gpu.reserve_gib:g} reserved", *(f"[bold]{e.memory / GIB:.2f}" for e in estimates))
+    groups = ("none" if not e.group else f"{e.group}{'+' * (e.group == MOST)}" for e in estimates)
+    out.add_row("", "largest group that fits", *groups, end_section=True)
+    out.add_row("time", "rollout workers, learner ranks", *(f"{e.workers}, {e.ranks}" for e in estimates))
+    out.add_row("", "rollout, s", *(f"{e.rollout_s:.3g}" for e in estimates))
+    out.add_row("", "learner, s", *(f"{e.learner_s:.3g}" for e in estimates))
+    out.add_row("", "[bold]iteration, s", *(f"[bold]{e.rollout_s + e.learner_s:.3g}" for e in estimates))
+    return out
+
+
+def refusal(e: Estimate, work: Work, gpu: GpuConfig) -> str:
+    need = f"{e.memory / GIB:.1f} GiB on each of {e.gpus} GPU{'s' * (e.gpus > 1)}, of gpu.memory_gib={gpu.memory_gib:g}"
+    if e.group:
+        return f"rollout.group_size={work.group} needs {need}; the largest group that fits is {e.group}"
+    part = max(e.parts, key=lambda part: part.bytes)
+    return f"no group fits: {need}; the most is the {part.role}'s {part.name}, which {part.key} changes"
+
+
+if __name__ == "__main__":
+    main()
