@@ -46,6 +46,9 @@ def rows_of(x: Tensor, index: Tensor) -> Tensor:
 class StreamAttention:
     """diffusers' `WanAttnProcessor`, with rotary tables, mask and past keys and values set from outside.
 
+    keep: leave the new keys and values in `fresh`. For the context pass alone: anywhere else they are memory that lives
+    as long as the pass, and with gradient checkpointing the graphs of all blocks.
+
     One instance a layer, without a layer index: torch.compile would specialise every block on it.
     """
 
@@ -56,14 +59,14 @@ class StreamAttention:
         self.rotary: KeyValue | None = None
         self.mask: Tensor | None = None
         self.past: KeyValue | None = None
-        self.fresh: KeyValue | None = None
+        self.keep, self.fresh = False, None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
         cos, sin = rotary_emb if self.rotary is None else self.rotary
         q = rotate(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)), cos, sin)
         k = rotate(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1)), cos, sin)
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
-        self.fresh = (k, v)
+        self.fresh = (k, v) if self.keep else None
         if self.past is not None:
             k, v = torch.cat((self.past[0], k), 1), torch.cat((self.past[1], v), 1)
         x = dispatch_attention_fn(

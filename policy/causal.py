@@ -49,7 +49,7 @@ class CausalWan(nn.Module):
 
     def append(self, x: Tensor, text: Tensor, cache: KVCache) -> KVCache:
         """The context pass: the cache after clean block x [B, channels, f, h, w], evicted to the window."""
-        _, fresh, past, seen = self._stream(x, 0.0, text, cache)
+        _, fresh, past, seen = self._stream(x, 0.0, text, cache, keep=True)
         layers = tuple(
             (torch.cat((p[0], k), 1), torch.cat((p[1], v), 1)) if p is not None else (k, v)
             for p, (k, v) in zip(past, fresh)
@@ -90,19 +90,19 @@ class CausalWan(nn.Module):
         with self._installed(self._rotary(ids, rows, columns), mask):
             return self._velocity(x, t.repeat_interleave(tokens, 1), text)
 
-    def _stream(self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache):
+    def _stream(self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache, keep: bool = False):
         rows, columns = self._grid(x)
         end = cache.next_frame + x.shape[2]
-        keep = visible_from(torch.tensor(cache.frames), torch.tensor(end), self.window, self.sink)
+        seen = visible_from(torch.tensor(cache.frames), torch.tensor(end), self.window, self.sink)
         past = list(cache.layers) or [None] * len(self.processors)
-        if not keep.all():
-            index = keep.repeat_interleave(rows * columns).nonzero()[:, 0].to(x.device)
+        if not seen.all():
+            index = seen.repeat_interleave(rows * columns).nonzero()[:, 0].to(x.device)
             past = [(k[:, index], v[:, index]) for k, v in past]
         t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(x.shape[0])
-        with self._installed(self._rotary(torch.arange(cache.next_frame, end), rows, columns), None, past):
+        with self._installed(self._rotary(torch.arange(cache.next_frame, end), rows, columns), None, past, keep):
             v = self._velocity(x, t, text)
             fresh = [processor.fresh for processor in self.processors]
-        return v, fresh, past, [f for f, kept in zip(cache.frames, keep.tolist()) if kept]
+        return v, fresh, past, [f for f, kept in zip(cache.frames, seen.tolist()) if kept]
 
     def _velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         dtype, image = self.model.proj_out.weight.dtype, None
@@ -132,14 +132,16 @@ class CausalWan(nn.Module):
         self.model.enable_gradient_checkpointing(recomputed)
 
     @contextmanager
-    def _installed(self, rotary, mask: Tensor | None, past: Sequence | None = None):
+    def _installed(self, rotary, mask: Tensor | None, past: Sequence | None = None, keep: bool = False):
         for i, processor in enumerate(self.processors):
             processor.rotary, processor.mask, processor.past = rotary, mask, past[i] if past else None
+            processor.keep = keep
         try:
             yield
         finally:
             for processor in self.processors:
                 processor.rotary = processor.mask = processor.past = processor.fresh = None
+                processor.keep = False
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
         _, patch_h, patch_w = self.model.config.patch_size

@@ -109,7 +109,12 @@ def test_weights_in_bfloat16_learn_with_float32_copies(home, tmp_path):
     ("policy.path=nowhere", "nowhere holds no vae/"),
 ])  # fmt: skip
 def test_a_setting_that_cannot_be_is_named_in_one_line(home, tmp_path, capsys, override, named):
-    assert run_job("train", *SMALL, *where(home, tmp_path / "run"), override) == 1
+    assert (
+        run_job(
+            "train", *SMALL, *where(home, tmp_path / "run"), f"policy.wan.text_cache={tmp_path / 'cache'}", override
+        )
+        == 1
+    )
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error:") and named in line
 
