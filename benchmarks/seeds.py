@@ -1,4 +1,4 @@
-"""The learning result: three seeds and the permuted control, each on held-out prompts of its own: `make results`.
+"""The learning result: three seeds and as many permuted controls, each on held-out prompts of its own: `make results`.
 
 A run that is there already is not repeated. Writes benchmarks/results/seeds.{json,md}.
 """
@@ -11,12 +11,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = {
-    "seed 0": ["seed=0", "evaluate.seed=100"],
-    "seed 1": ["seed=1", "evaluate.seed=101"],
-    "seed 2": ["seed=2", "evaluate.seed=102"],
-    "permuted advantages": ["seed=0", "evaluate.seed=100", "experiment=control_permuted"],
-}
+SEEDS = {f"seed {s}": [f"seed={s}", f"evaluate.seed={100 + s}"] for s in range(3)}
+RUNS = SEEDS | {f"permuted, {name}": [*overrides, "experiment=control_permuted"] for name, overrides in SEEDS.items()}
 FIGURES = {
     "track error, px": ("track_error_px",),
     "canary track error, px": ("canary", "track_error_px"),
@@ -28,7 +24,7 @@ FIGURES = {
 def main() -> None:
     found = {}
     for name, overrides in RUNS.items():
-        run = ROOT / "outputs/seeds" / name.replace(" ", "_")
+        run = ROOT / "outputs/seeds" / name.replace(", ", "_").replace(" ", "_")
         if not (run / "summary.json").exists():
             subprocess.run([sys.executable, "-m", "jobs.train", f"run_dir={run}", *overrides], cwd=ROOT, check=True)
         found[name] = {"overrides": overrides, **json.loads((run / "summary.json").read_text())}
