@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 from jobs.cli import ConfigError
-from jobs.config import RoleConfig, TrainConfig, settings_of
-from jobs.plugins import make_source, make_terms, read_terms
+from jobs.config import RewardRoleConfig, RoleConfig, TrainConfig, settings_of
+from jobs.plugins import make_source, make_terms, read_fleets, read_sources, read_terms
 from policy.policy import PolicySettings, read_settings
 from policy.transition import KERNELS, Kernel
 from rl.advantage import TermWeight
 from rl.fleet import Fleet, FleetSpec, fetch, make_fleet
+from rl.judges import Judges
 from rl.learner import Learner, LearnerSettings
 from rl.loop import LoopSettings
 from rl.ray_fleet import ray_session
@@ -21,6 +23,7 @@ from rl.reward_worker import RewardWorker
 from rl.rollout_worker import SyncedRolloutWorker
 from rollout.group import EXPLORES, RolloutSettings
 from rollout.plan import SELECTS
+from rollout.prompts import DragPrompt
 
 
 def validate(c: TrainConfig) -> PolicySettings:
@@ -68,12 +71,18 @@ def validate(c: TrainConfig) -> PolicySettings:
             c.train.iterations >= 1 and c.train.checkpoint_every >= 1,
             "train.iterations and train.checkpoint_every must be at least 1",
         ),
+        (0 <= c.cluster.fault_share < 1, f"cluster.fault_share={c.cluster.fault_share} must lie in [0, 1)"),
         (c.evaluate.prompts >= 1 and c.evaluate.batch >= 1, "evaluate.prompts and evaluate.batch must be at least 1"),
+        (
+            (c.evaluate.every is None or c.evaluate.every >= 1) and c.evaluate.patience >= 1,
+            "evaluate.every (null: never) and evaluate.patience must be at least 1",
+        ),
     ]
     for holds, message in rules:
         if not holds:
             raise ConfigError(message)
-    make_terms(c.rewards)
+    read_fleets(terms, c.cluster.reward)
+    read_sources(terms)
     make_source(c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)
     return settings
 
@@ -102,13 +111,19 @@ def loop_settings(c: TrainConfig) -> LoopSettings:
         reward_to_go=c.learner.reward_to_go,
         advantage_clip=c.learner.advantage_clip,
         permute=c.learner.permute_advantages,
-        fault_share=c.cluster.fault_share,
         checkpoint_every=c.train.checkpoint_every,
+        evaluate_every=c.evaluate.every,
     )
 
 
 def learner_settings(c: TrainConfig) -> LearnerSettings:
     return settings_of(LearnerSettings, c.learner)
+
+
+def first_prompt(c: TrainConfig, settings: PolicySettings) -> DragPrompt:
+    """What rewards are tried on before anything else."""
+    source = make_source(c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)
+    return source.prompt("train", 0)
 
 
 @contextmanager
@@ -126,9 +141,15 @@ def make_rollout_fleet(c: TrainConfig, settings: PolicySettings) -> Fleet:
     return make_fleet(c.cluster.backend, SyncedRolloutWorker, _spec("rollout", c.cluster.rollout), args)
 
 
-def make_reward_fleet(c: TrainConfig) -> Fleet:
-    terms = partial(make_terms, {name: asdict(term) for name, term in read_terms(c.rewards).items()})
-    return make_fleet(c.cluster.backend, RewardWorker, _spec("reward", c.cluster.reward), (terms, c.fps))
+def make_judges(c: TrainConfig) -> Judges:
+    """The reward fleets. The text of users' files goes along: their workers need not see this machine's disk."""
+    terms, fleets, held = read_terms(c.rewards), {}, {}
+    sources = read_sources(terms)
+    for name, (names, role) in read_fleets(terms, c.cluster.reward).items():
+        make = partial(make_terms, {n: asdict(terms[n]) for n in names}, {n: sources[n] for n in names})
+        args = (make, c.fps, role.batch_size)
+        fleets[name], held[name] = make_fleet(c.cluster.backend, RewardWorker, _reward_spec(name, role), args), names
+    return Judges(fleets, held, c.cluster.fault_share)
 
 
 def make_learner(c: TrainConfig) -> Fleet:
@@ -143,7 +164,7 @@ def make_learner(c: TrainConfig) -> Fleet:
     return fleet
 
 
-def _spec(name: str, role: RoleConfig, replace: bool = True) -> FleetSpec:
+def _spec(name: str, role: RoleConfig, **more: Any) -> FleetSpec:
     return FleetSpec(
         name,
         role.replicas,
@@ -152,5 +173,10 @@ def _spec(name: str, role: RoleConfig, replace: bool = True) -> FleetSpec:
         role.timeout_s,
         start_timeout_s=300,
         retries=role.retries,
-        replace=replace,
+        **more,
     )
+
+
+def _reward_spec(name: str, role: RewardRoleConfig) -> FleetSpec:
+    # A call that was late once would be late again: an iteration waits for it once.
+    return _spec(name, role, retry_timeouts=False, memory_gb=role.memory_gb, runtime_env=role.runtime_env)
