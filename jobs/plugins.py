@@ -75,7 +75,9 @@ def read_terms(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, TermConfig]:
         if len(term.range) != 2:
             raise RewardError(f"rewards.{name}.range must be [worst, best], not {term.range}")
         file, _, function = term.fn.rpartition(":") if isinstance(term.fn, str) else ("", "", "")
-        terms[name] = replace(term, fn=f"{Path(file).resolve()}:{function}") if file.endswith(".py") else term
+        terms[name] = (
+            replace(term, fn=f"{Path(file).expanduser().resolve()}:{function}") if file.endswith(".py") else term
+        )
     return terms
 
 

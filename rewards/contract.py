@@ -244,7 +244,7 @@ def _run_file(file: str, source: str, spec: str) -> ModuleType:
     module.__file__ = path
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)  # tracebacks show the lines
     try:
-        exec(compile(source, path, "exec"), vars(module))
+        exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     except Exception as error:
         del sys.modules[name]
         raise RewardError(f"reward {spec!r}: running {path} failed: {type(error).__name__}: {error}") from error

@@ -47,7 +47,10 @@ class Evaluation:
 
 
 def moved(before: np.ndarray, after: np.ndarray) -> float:
-    """How many standard errors the mean of [P] moved, paired over the prompts that both scored; 0 with fewer than 2."""
+    """How many standard errors the mean of [P] moved, paired over the prompts that both scored; 0 with fewer than 2,
+    and where a resumed run has other prompts than before."""
+    if len(before) != len(after):
+        return 0.0
     difference = (after - before).astype(np.float64)
     difference = difference[np.isfinite(difference)]
     if len(difference) < 2 or not difference.any():
@@ -61,19 +64,20 @@ def alarm(evaluations: Sequence[Evaluation], patience: int) -> str | None:
     if len(evaluations) <= patience:
         return None
     recent = evaluations[-patience - 1 :]
-    for name in recent[-1].canaries:
-        steps = list(pairwise(recent))
-        rose = all(moved(a.reward, b.reward) > 1 for a, b in steps)
-        fell = all(name in a.canaries and moved(a.canaries[name], b.canaries[name]) < -1 for a, b in steps)
-        if rose and fell:
-            first, last = recent[0], recent[-1]
-            reward = f"from {_mean(first.reward):.3f} to {_mean(last.reward):.3f}"
-            worse = f"from {abs(_mean(first.canaries[name])):.3f} to {abs(_mean(last.canaries[name])):.3f}"
-            return (
-                f"step {last.step}: since step {first.step} the training reward rose {reward} on held-out prompts "
-                f"while {name} got worse, {worse}"
-            )
-    return None
+    steps, first, last = list(pairwise(recent)), recent[0], recent[-1]
+    if not all(moved(a.reward, b.reward) > 1 for a, b in steps):
+        return None
+    worse = [
+        f"{name} from {abs(_mean(first.canaries[name])):.3f} to {abs(_mean(last.canaries[name])):.3f}"
+        for name in last.canaries
+        if all(name in a.canaries and moved(a.canaries[name], b.canaries[name]) < -1 for a, b in steps)
+    ]
+    if not worse:
+        return None
+    return (
+        f"step {last.step}: since step {first.step} the training reward rose from {_mean(first.reward):.3f} to "
+        f"{_mean(last.reward):.3f} on held-out prompts while these got worse: {', '.join(worse)}"
+    )
 
 
 class HackWatch:
@@ -101,13 +105,14 @@ class HackWatch:
 
     def look(self, step: int, metrics: Mapping[str, np.ndarray], tracking: Tracking) -> bool:
         """Takes in an evaluation, writes it down, warns; True where the training should stop."""
+        known = step in self._seen
         seen = self._seen[step] = Evaluation.of(step, metrics, self.terms)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self._memory, "".join(_line(self._seen[s]) for s in sorted(self._seen)))
         means = {f"heldout/{name}": _mean(values) for name, values in metrics.items()}
         tracking.log({**means, "heldout/weighted_reward": _mean(seen.reward)}, step)
         text = alarm([self._seen[s] for s in sorted(self._seen) if s <= step], self.patience)
-        if text:
+        if text and not known:
             log.warning("hack watch: %s", text)
             tracking.tag("hack_alarm", text)
         return bool(text) and self.stop

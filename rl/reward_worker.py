@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -61,6 +61,10 @@ class RewardWorker:
 
         Raises RewardError naming the first term that raises, answers wrongly, or has no score for either.
         """
+        # The same drag, all of it visible and with a text: what every term can score.
+        limit = np.float32(prompt.first_frame.shape[1::-1]) - 1
+        prompt = replace(prompt, text=prompt.text or "an object", tracks=prompt.tracks.clip(0, limit),
+                         visible=np.ones_like(prompt.visible))  # fmt: skip
         video = np.stack([static(prompt), panned(prompt)])
         scored = np.ones(video.shape[:2], bool)
         scored[:, 0] = False
