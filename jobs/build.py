@@ -7,16 +7,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jobs.cli import ConfigError
-from jobs.config import PolicyConfig, RoleConfig, TrainConfig, settings_of
-from jobs.plugins import make_source, make_terms, read_terms
+from jobs.config import PolicyConfig, RewardRoleConfig, RoleConfig, TrainConfig, settings_of
+from jobs.plugins import make_source, make_terms, read_fleets, read_sources, read_terms
 from policy.lora import LoraSettings
 from policy.policy import PolicySource, Settings
 from policy.transition import KERNELS, Kernel
 from policy.wan import WanSettings
 from rl.advantage import TermWeight
 from rl.fleet import Fleet, FleetSpec, fetch, make_fleet
+from rl.judges import Judges
 from rl.learner import Learner, LearnerSettings
 from rl.loop import LoopSettings
 from rl.ray_fleet import ray_session
@@ -24,6 +26,7 @@ from rl.reward_worker import RewardWorker
 from rl.rollout_worker import SyncedRolloutWorker
 from rollout.group import EXPLORES, RolloutSettings
 from rollout.plan import SELECTS
+from rollout.prompts import DragPrompt
 
 
 def validate(c: TrainConfig) -> Settings:
@@ -60,6 +63,10 @@ def validate(c: TrainConfig) -> Settings:
             l.micro_batch >= 1 and l.updates_per_rollout >= 1,
             "learner.micro_batch and learner.updates_per_rollout must be at least 1",
         ),
+        (
+            l.decay_iterations is None or l.decay_iterations >= 1,
+            f"learner.decay_iterations={l.decay_iterations} must be at least 1, or null for a constant rate",
+        ),
         (0 <= l.ema < 1, f"learner.ema={l.ema} must lie in [0, 1)"),
         (
             any(t.role == "train" for t in terms.values()),
@@ -79,12 +86,18 @@ def validate(c: TrainConfig) -> Settings:
             c.train.iterations >= 1 and c.train.checkpoint_every >= 1,
             "train.iterations and train.checkpoint_every must be at least 1",
         ),
+        (0 <= c.cluster.fault_share < 1, f"cluster.fault_share={c.cluster.fault_share} must lie in [0, 1)"),
         (c.evaluate.prompts >= 1 and c.evaluate.batch >= 1, "evaluate.prompts and evaluate.batch must be at least 1"),
+        (
+            (c.evaluate.every is None or c.evaluate.every >= 1) and c.evaluate.patience >= 1,
+            "evaluate.every (null: never) and evaluate.patience must be at least 1",
+        ),
     ]
     for holds, message in rules:
         if not holds:
             raise ConfigError(message)
-    make_terms(c.rewards)
+    read_fleets(terms, c.cluster.reward)
+    read_sources(terms)
     make_source(c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)
     return settings
 
@@ -123,13 +136,19 @@ def loop_settings(c: TrainConfig) -> LoopSettings:
         reward_to_go=c.learner.reward_to_go,
         advantage_clip=c.learner.advantage_clip,
         permute=c.learner.permute_advantages,
-        fault_share=c.cluster.fault_share,
         checkpoint_every=c.train.checkpoint_every,
+        evaluate_every=c.evaluate.every,
     )
 
 
 def learner_settings(c: TrainConfig) -> LearnerSettings:
     return settings_of(LearnerSettings, c.learner)
+
+
+def first_prompt(c: TrainConfig, settings: Settings) -> DragPrompt:
+    """What rewards are tried on before anything else."""
+    source = make_source(c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)
+    return source.prompt("train", 0)
 
 
 @contextmanager
@@ -147,9 +166,15 @@ def make_rollout_fleet(c: TrainConfig, settings: Settings) -> Fleet:
     return make_fleet(c.cluster.backend, SyncedRolloutWorker, _spec("rollout", c.cluster.rollout), args)
 
 
-def make_reward_fleet(c: TrainConfig) -> Fleet:
-    terms = partial(make_terms, {name: asdict(term) for name, term in read_terms(c.rewards).items()})
-    return make_fleet(c.cluster.backend, RewardWorker, _spec("reward", c.cluster.reward), (terms, c.fps))
+def make_judges(c: TrainConfig) -> Judges:
+    """The reward fleets. The text of users' files goes along: their workers need not see this machine's disk."""
+    terms, fleets, held = read_terms(c.rewards), {}, {}
+    sources = read_sources(terms)
+    for name, (names, role) in read_fleets(terms, c.cluster.reward).items():
+        make = partial(make_terms, {n: asdict(terms[n]) for n in names}, {n: sources[n] for n in names})
+        args = (make, c.fps, role.batch_size)
+        fleets[name], held[name] = make_fleet(c.cluster.backend, RewardWorker, _reward_spec(name, role), args), names
+    return Judges(fleets, held, c.cluster.fault_share)
 
 
 def make_learner(c: TrainConfig) -> Fleet:
@@ -169,7 +194,7 @@ def make_learner(c: TrainConfig) -> Fleet:
     return fleet
 
 
-def _spec(name: str, role: RoleConfig, replace: bool = True) -> FleetSpec:
+def _spec(name: str, role: RoleConfig, **more: Any) -> FleetSpec:
     return FleetSpec(
         name,
         role.replicas,
@@ -178,5 +203,10 @@ def _spec(name: str, role: RoleConfig, replace: bool = True) -> FleetSpec:
         role.timeout_s,
         start_timeout_s=300,
         retries=role.retries,
-        replace=replace,
+        **more,
     )
+
+
+def _reward_spec(name: str, role: RewardRoleConfig) -> FleetSpec:
+    # A call that was late once would be late again: an iteration waits for it once.
+    return _spec(name, role, retry_timeouts=False, memory_gb=role.memory_gb, runtime_env=role.runtime_env)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from omegaconf import MISSING
@@ -86,14 +86,20 @@ class RolloutConfig:
 
 @dataclass
 class TermConfig:
-    """fn: {_target_: ...} of a class or factory, or a string naming a function ("module:function",
-    "file.py:function").
+    """fn: {_target_: ...} of a class or factory, or a string naming a function or class ("module:function",
+    "file.py:function"); args: its keyword arguments then. range: [worst, best] score. role: train or canary.
+    fleet: of workers that hold the term: null = one of its own, else a name; terms with the same name share, and
+    "reward" is that of cluster.reward. worker: what the fleet has instead of the settings of cluster.reward.
     """
 
     fn: Any = MISSING
+    args: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     floor: float = 0.05
+    range: list[float] = field(default_factory=lambda: [0.0, 1.0])
     role: str = "train"
+    fleet: str | None = None
+    worker: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -130,12 +136,22 @@ class RoleConfig:
 
 
 @dataclass
+class RewardRoleConfig(RoleConfig):
+    """batch_size: most clips that a term is given at once; null = all. memory_gb: what a worker may hold before it is
+    replaced; null = anything. runtime_env: Ray's, for its processes: packages, py_modules, working_dir, env_vars."""
+
+    batch_size: int | None
+    memory_gb: float | None
+    runtime_env: dict[str, Any]
+
+
+@dataclass
 class ClusterConfig:
     backend: str
     address: str
     fault_share: float
     rollout: RoleConfig
-    reward: RoleConfig
+    reward: RewardRoleConfig
     learner: RoleConfig
 
 
@@ -148,10 +164,17 @@ class TrackingConfig:
 
 @dataclass
 class EvaluateConfig:
+    """every: iterations between evaluations of a training; null = only before and after it. patience: evaluations in a
+    row in which the reward rises and a canary falls before that is an alarm. stop: and the end of the training.
+    """
+
     prompts: int
     seed: int
     batch: int
     strips: int
+    every: int | None
+    patience: int
+    stop: bool
 
 
 @dataclass

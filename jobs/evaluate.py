@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jobs.build import make_reward_fleet, make_rollout_fleet, session, validate
+from jobs.build import first_prompt, make_judges, make_rollout_fleet, session, validate
 from jobs.cli import job
 from jobs.config import TrainConfig
 from rl.fleet import closing
@@ -21,8 +21,10 @@ def main(config: TrainConfig) -> None:
     settings = validate(config)
     folder = RunFolder.at(config.run_dir, "evaluate")
     e = config.evaluate
-    with session(config), closing(make_rollout_fleet(config, settings), make_reward_fleet(config)) as (rollout, reward):
-        metrics, films = measure(rollout, reward, HeldOut(e.prompts, e.seed, e.batch, e.strips))
+    with session(config), closing(make_rollout_fleet(config, settings), make_judges(config)) as (rollout, judges):
+        judges.dry_run(first_prompt(config, settings))
+        found = measure(rollout, judges, HeldOut(e.prompts, e.seed, e.batch, e.strips))
+        metrics, films = found.metrics, found.films()
     means = {
         name: {"mean": float(np.nanmean(v)), "se": float(np.nanstd(v) / np.sqrt(np.isfinite(v).sum()))}
         for name, v in metrics.items()

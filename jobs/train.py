@@ -12,9 +12,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from jobs.build import (
+    first_prompt,
     loop_settings,
+    make_judges,
     make_learner,
-    make_reward_fleet,
     make_rollout_fleet,
     session,
     term_weights,
@@ -22,9 +23,9 @@ from jobs.build import (
 )
 from jobs.cli import ConfigError, job
 from jobs.config import TrainConfig
-from jobs.plugins import make_source
 from rl import checkpoint
 from rl.fleet import closing
+from rl.hack_watch import HackWatch
 from rl.loop import Fleets
 from rl.run import HeldOut, Output, run
 from rl.run_folder import RunFolder
@@ -33,7 +34,7 @@ from rl.tracking import Tracking
 
 @job("train", TrainConfig)
 def main(config: TrainConfig) -> None:
-    settings, c = validate(config), config.prompts
+    settings = validate(config)
     folder = RunFolder.at(config.run_dir, "train")
     resume, warnings = checkpoint.resolve(config.resume, folder.checkpoints)
     for warning in warnings:
@@ -50,13 +51,13 @@ def main(config: TrainConfig) -> None:
         Tracking.open(t.uri, t.experiment, run_id, params=values, tags={"job": "train"}, required=t.required,
                       spool=spool) as tracking,
         session(config),
-        closing(make_rollout_fleet(config, settings), make_reward_fleet(config), make_learner(config)) as parts,
+        closing(make_rollout_fleet(config, settings), make_judges(config), make_learner(config)) as parts,
     ):  # fmt: skip
-        first = make_source(c.kind, c.path, c.world_seed, settings.size, settings.frames).prompt("train", 0)
-        parts[1].broadcast("dry_run", first)
+        parts[1].dry_run(first_prompt(config, settings))
         output = Output(folder, tracking, config.train.keep_checkpoints, config.fps)
         heldout = HeldOut(e.prompts, e.seed, e.batch, e.strips)
-        summary = run(Fleets(*parts), term_weights(config), loop_settings(config), heldout, output, resume)
+        watch = HackWatch(folder.path / "watch", term_weights(config), e.patience, e.stop)
+        summary = run(Fleets(*parts), term_weights(config), loop_settings(config), heldout, watch, output, resume)
     print_result(folder.path, summary)
 
 

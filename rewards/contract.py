@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
-import importlib.util
+import linecache
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,21 @@ class RewardBatch:
                     f"RewardBatch.{name} must have one entry per clip ({b}), not {len(getattr(self, name))}"
                 )
 
+        for name in ARRAYS:  # what one term writes, the next would read
+            if getattr(self, name) is not None:
+                view = getattr(self, name).view()
+                view.flags.writeable = False
+                object.__setattr__(self, name, view)
+
     def __len__(self) -> int:
         return len(self.video)
+
+    def rows(self, rows: Sequence[int]) -> RewardBatch:
+        """These clips alone; the arrays are views where the rows are a range."""
+        index = slice(rows.start, rows.stop) if isinstance(rows, range) and rows.step == 1 else list(rows)
+        changed = {name: getattr(self, name)[index] for name in ARRAYS if getattr(self, name) is not None}
+        changed |= {name: tuple(getattr(self, name)[b] for b in rows) for name in ("prompt", "group_id", "sample_id")}
+        return replace(self, **changed)
 
     @property
     def weights(self) -> np.ndarray:
@@ -89,6 +103,10 @@ class RewardBatch:
         """
         seen = self.target_visible & self.target_visible[:, :1] & self.point_mask[:, None]
         return seen.astype(np.float32)
+
+
+ARRAYS = ("video", "scored", "first_frame", "target_tracks", "target_visible", "point_mask", "seed", "truth")
+"""The fields of RewardBatch with one row per clip that are arrays."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +148,9 @@ def as_output(value: Any, batch: RewardBatch, name: str, bounds: tuple[float, fl
     if frame_score is None and score.shape == (size, frames):
         frame_score, score = score, over_scored(score, batch.scored)
     if score.shape != (size,):
+        got = "None; is a `return` missing?" if value is None else str(list(score.shape))
         raise RewardError(
-            f"reward {name!r} must return one score per clip, [{size}], or per frame, [{size}, {frames}], "
-            f"not {list(score.shape)}"
+            f"reward {name!r} must return one score per clip, [{size}], or per frame, [{size}, {frames}], not {got}"
         )
     if frame_score is not None:
         frame_score = _floats(frame_score, name, "frame_score")
@@ -168,15 +186,19 @@ def _within(score: np.ndarray, bounds: tuple[float, float], name: str) -> np.nda
     return score.clip(low, high)
 
 
-def resolve(spec: str) -> Callable[..., Any]:
+def resolve(spec: str, source: str | None = None) -> Callable[..., Any]:
     """The callable named by "package.module:function" or "path/to/file.py:function".
 
-    Raises RewardError saying whether the form, the module or file, or the function is wrong.
+    source: the text of the file, for a process that cannot read it. Raises RewardError saying whether the form, the
+    module or file, or the function is wrong.
     """
     origin, colon, attribute = spec.rpartition(":")
     if not colon or not origin or not attribute:
         raise RewardError(f"reward {spec!r} must be 'package.module:function' or 'path/to/file.py:function'")
-    module = _load_file(origin, spec) if origin.endswith(".py") else _load_module(origin, spec)
+    if origin.endswith(".py"):
+        module = _run_file(origin, read_source(spec) if source is None else source, spec)
+    else:
+        module = _load_module(origin, spec)
     found = getattr(module, attribute, None)
     if found is None:
         names = [n for n in vars(module) if not n.startswith("_")]
@@ -189,6 +211,20 @@ def resolve(spec: str) -> Callable[..., Any]:
     return found
 
 
+def read_source(spec: str) -> str | None:
+    """The text of the file in "path/to/file.py:function", None for a module. Raises RewardError where there is none."""
+    file = spec.rpartition(":")[0]
+    if not file.endswith(".py"):
+        return None
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise RewardError(f"reward {spec!r}: no such file {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RewardError(f"reward {spec!r}: {path} cannot be read: {error}") from error
+
+
 def _load_module(name: str, spec: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -196,20 +232,19 @@ def _load_module(name: str, spec: str) -> Any:
         raise RewardError(f"reward {spec!r}: importing {name} failed: {type(error).__name__}: {error}") from error
 
 
-def _load_file(file: str, spec: str) -> Any:
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
-        raise RewardError(f"reward {spec!r}: no such file {path}")
-    # A name of its own per path, and registered, so that what the file defines can be pickled to a worker that loaded
-    # it.
-    name = f"reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+def _run_file(file: str, source: str, spec: str) -> ModuleType:
+    """The module that the text makes; the file itself need not exist in this process's world."""
+    path = str(Path(file).expanduser().resolve())
+    # A name of its own per path and text, and registered, so that what the file defines can be pickled to a worker
+    # that loaded it, and a file that was edited is loaded again.
+    name = f"reward_{Path(path).stem}_{hashlib.blake2b(f'{path}:{source}'.encode(), digest_size=4).hexdigest()}"
     if name in sys.modules:
         return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
+    module = sys.modules[name] = ModuleType(name)
+    module.__file__ = path
+    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)  # tracebacks show the lines
     try:
-        module_spec.loader.exec_module(module)
+        exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     except Exception as error:
         del sys.modules[name]
         raise RewardError(f"reward {spec!r}: running {path} failed: {type(error).__name__}: {error}") from error

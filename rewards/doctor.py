@@ -241,11 +241,7 @@ def _batch(term: Term, stages: Sequence[Stage], videos: Sequence[np.ndarray]) ->
     canary = term.role == "canary"
     truth = np.stack([stage.drawn["truth"] for stage in stages]) if canary else None
     drags = [stage.drag for stage in stages]
-    batch = batch_of(drags, videos, truth=truth, split="heldout" if canary else "train")
-    for value in vars(batch).values():
-        if isinstance(value, np.ndarray):
-            value.flags.writeable = False
-    return batch
+    return batch_of(drags, videos, truth=truth, split="heldout" if canary else "train")
 
 
 def _judge(term: Term, batch: RewardBatch) -> RewardOutput:

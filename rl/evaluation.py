@@ -19,6 +19,8 @@ METRICS = {
     "sharpness": "gradient energy relative to the truth's (to the first frame's, without a truth)",
 }
 
+LOWER_IS_BETTER = ("track_error_px", "canary/track_error_px")
+
 
 def measure(batch: RewardBatch) -> dict[str, np.ndarray]:
     """METRICS of whole videos, each float32 [B]; those that need a truth are left out without one. Frame 0 does not

@@ -10,7 +10,8 @@ into other fleets' calls as they are, so that pixels and weights never pass thro
     for task in as_completed([fleet.submit("sample", prompt) for prompt in prompts]):
         print(task.fault or fetch(task.values))
 
-`make_fleet("inline", ...)` does the same in the calling process, where a debugger works but no deadline is enforced.
+`make_fleet("inline", ...)` does the same in the calling process, where a debugger works but no deadline and no limit
+of memory is enforced and a crash is everybody's.
 One thread drives all fleets of a process.
 """
 
@@ -44,9 +45,11 @@ class FleetSpec:
     num_cpus, num_gpus: Ray resources of each replica, fractions allowed.
     timeout_s: seconds from the dispatch of a call until its replica is killed.
     start_timeout_s: the same for finding a place and for construction, each.
-    retries: how often a call that lost its replica is run again before it yields a fault.
+    retries: how often a call that lost its replica is run again before it yields a fault. retry_timeouts: also one that
+    was late; False where a call may cost its deadline once and no more.
     replace: start a new replica for a lost one; False for ranks in lockstep, where a loss ends the fleet.
-    env: environment of the worker processes, over the single-threaded default.
+    memory_gb: private memory (2^30 bytes, Linux) that a replica may hold after a call; above it, it is replaced.
+    env: environment of the worker processes, over the single-threaded default. runtime_env: Ray's, for them.
     """
 
     name: str
@@ -56,8 +59,11 @@ class FleetSpec:
     timeout_s: float = 600.0
     start_timeout_s: float = 120.0
     retries: int = 1
+    retry_timeouts: bool = True
     replace: bool = True
+    memory_gb: float | None = None
     env: Mapping[str, str] = field(default_factory=dict)
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key, least in (("replicas", 1), ("retries", 0), ("num_cpus", 0), ("num_gpus", 0)):
@@ -66,6 +72,8 @@ class FleetSpec:
         for key in ("timeout_s", "start_timeout_s"):
             if not getattr(self, key) > 0:
                 raise FleetSpecError(f"fleet {self.name!r}: {key} must be above 0 s, not {getattr(self, key)}")
+        if self.memory_gb is not None and not (self.replace and self.memory_gb > 0):
+            raise FleetSpecError(f"fleet {self.name!r}: memory_gb={self.memory_gb} must be above 0, and needs replace")
 
 
 @dataclass(frozen=True)
@@ -132,11 +140,11 @@ class Task:
 
 
 class Fleet(ABC):
-    """restarts: how many replicas were replaced so far."""
+    """restarts: how many replicas were lost and replaced so far. recycled: how many held too much memory and were."""
 
     def __init__(self, spec: FleetSpec) -> None:
         self.spec = spec
-        self.restarts = 0
+        self.restarts = self.recycled = 0
 
     @abstractmethod
     def submit(self, method: str, *args: Any, returns: int = 1) -> Task:

@@ -11,6 +11,7 @@ import numpy as np
 
 from rl.advantage import Advantages, TermWeight, advantages, permuted
 from rl.fleet import Fleet, FleetError, Task, as_completed, fetch
+from rl.judges import Judges
 from rl.reward_worker import GroupScores
 from rollout.seeds import seed_of
 
@@ -22,7 +23,7 @@ class LoopSettings:
     """prompts_per_task: prompts that one rollout call generates together; it decides rounding, so results do not
     depend on how many workers there are. reward_to_go: a block is credited with all frames from it on, not with its
     own alone. advantage_clip: of |A|. permute: give advantages to the wrong members (the control that must not
-    improve). fault_share: share of unscored groups in an iteration above which the run stops.
+    improve). evaluate_every: iterations between evaluations; None: none before the end.
     """
 
     seed: int
@@ -32,14 +33,14 @@ class LoopSettings:
     reward_to_go: bool
     advantage_clip: float
     permute: bool
-    fault_share: float
     checkpoint_every: int
+    evaluate_every: int | None = None
 
 
 @dataclass(frozen=True)
 class Fleets:
     rollout: Fleet
-    reward: Fleet
+    judges: Judges
     learner: Fleet
 
 
@@ -65,10 +66,12 @@ def train(
     start: int,
     log: Callable[[int, Metrics], None],
     checkpoint: Callable[[int], None],
+    evaluate: Callable[[int], bool],
 ) -> Clock:
     """Runs iterations start..settings.iterations - 1; the rollout workers must hold the learner's weights.
 
-    log: called with (step, metrics) after every iteration; steps count from 1. checkpoint: called with the step every
+    log: called with (step, metrics) after every iteration; steps count from 1. evaluate: called with the step every
+    `evaluate_every` steps but the last; True stops the training. checkpoint: called with the step every
     `checkpoint_every` steps and at the end.
     """
     total = Clock()
@@ -77,9 +80,9 @@ def train(
         with clock("rollout"):
             scoring, replays = roll_out(fleets, settings, iteration)
         with clock("reward"):
-            scores, faults = collect(scoring, settings)
+            judged = fleets.judges.collect(scoring)
         with clock("learn"):
-            given = credit(scores, terms, settings, iteration)
+            given = credit(judged.scores, terms, settings, iteration)
             ranks = fleets.learner.spec.replicas
             stats = fetch(fleets.learner.scatter("update", [(replays[r::ranks], given) for r in range(ranks)]))
         with clock("sync"):
@@ -88,25 +91,31 @@ def train(
         log(
             step,
             {
-                **summarise(scores, terms),
+                **summarise(judged.scores, terms),
                 **{f"train/{name}": float(np.mean([s[name] for s in stats])) for name in stats[0]},
                 **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
-                "masked/chunks": float(faults),
-                "system/restarts": float(sum(f.restarts for f in (fleets.rollout, fleets.reward, fleets.learner))),
+                "masked/chunks": float(judged.lost),
+                "system/restarts": float(sum(f.restarts for f in (fleets.rollout, fleets.judges, fleets.learner))),
+                "system/recycled": float(fleets.judges.recycled),
             },
         )
         for phase, seconds in clock.seconds.items():
             total.seconds[phase] = total.seconds.get(phase, 0.0) + seconds
-        if step % settings.checkpoint_every == 0 or step == settings.iterations:
+        last = step == settings.iterations
+        due = settings.evaluate_every and step % settings.evaluate_every == 0
+        stop = last or (due and evaluate(step))
+        if stop or step % settings.checkpoint_every == 0:
             checkpoint(step)
+        if stop:
+            break
     return total
 
 
-def roll_out(fleets: Fleets, settings: LoopSettings, iteration: int) -> tuple[list[Task], list]:
-    """Generates the iteration's groups; every chunk goes to the rewards as soon as it is finished.
+def roll_out(fleets: Fleets, settings: LoopSettings, iteration: int) -> tuple[list[Mapping[str, Task]], list]:
+    """Generates the iteration's groups; every chunk goes to the judges as soon as it is finished.
 
-    Returns the scoring tasks, and references to the replays in the order of the prompts. The version asked for is the
-    iteration.
+    Returns the scoring tasks per chunk, and references to the replays in the order of the prompts. The version asked
+    for is the iteration.
     """
     first = settings.seed * 1_000_000 + iteration * settings.prompts_per_iteration
     indices = list(range(first, first + settings.prompts_per_iteration))
@@ -117,27 +126,8 @@ def roll_out(fleets: Fleets, settings: LoopSettings, iteration: int) -> tuple[li
     scoring, replays = [], [None] * len(chunks)
     for task in as_completed(rolling):
         groups, replays[rolling[task]] = task.result()
-        scoring.append(fleets.reward.submit("score", groups, iteration))
+        scoring.append(fleets.judges.score(groups, iteration))
     return scoring, replays
-
-
-def collect(scoring: Sequence[Task], settings: LoopSettings) -> tuple[list[GroupScores], int]:
-    """The scores that came, and how many chunks did not; raises FleetError when those are too many."""
-    scores, lost = [], []
-    for task in as_completed(scoring):
-        if task.fault is not None and task.fault.kind == "error":
-            task.fault.throw()
-        if task.fault is None:
-            scores.extend(fetch(task.values[0]))
-        else:
-            lost.append(task.fault.text)
-    unscored = [text for group in scores for text in group.faults.values()]
-    terms = len(scores[0].frames) * len(scores) if scores else 0
-    if len(lost) > settings.fault_share * len(scoring):
-        raise FleetError(f"{len(lost)} of {len(scoring)} chunks could not be scored: {lost[0]}")
-    if len(unscored) > settings.fault_share * terms:
-        raise FleetError(f"{len(unscored)} of {terms} reward terms failed in this iteration: {unscored[0]}")
-    return sorted(scores, key=lambda s: s.group_id), len(lost)
 
 
 def credit(
@@ -177,10 +167,13 @@ def summarise(scores: Sequence[GroupScores], terms: Mapping[str, TermWeight]) ->
         metrics[f"group/{name}/std"] = float(spread.mean()) if len(spread) else float("nan")
         if name in terms:
             metrics[f"group/{name}/zero_spread"] = float((spread == 0).mean()) if len(spread) else float("nan")
-    for name in scores[0].metrics:
-        values = np.concatenate([g.metrics[name] for g in scores])
+        failed = [g.faults[name].clips.mean() if name in g.faults else 0.0 for g in scores]
+        metrics[f"group/{name}/masked"] = float(np.mean(failed))
+    for name in dict.fromkeys(name for g in scores for name in g.metrics):
+        values = np.concatenate([g.metrics[name] for g in scores if name in g.metrics])
         metrics[f"metric/{name}"] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
         if name.endswith("/error_px"):
             metrics["train/track_error_px"] = metrics[f"metric/{name}"]
     metrics["masked/terms"] = float(sum(len(g.faults) for g in scores))
+    metrics["masked/scores"] = float(sum(fault.clips.sum() for g in scores for fault in g.faults.values()))
     return metrics

@@ -4,7 +4,7 @@ A replica's life:
 
     _spawn --> build --> latest kept calls --> routable <--> busy with one call
                  ^                                            |
-                 +---------- replaced (replace=True) <-- died, or past the deadline and killed
+                 +---------- replaced (replace=True) <-- died; past the deadline and killed; too much memory
 
 What a replica must run first (`todo`: build, kept calls, its share of a call in lockstep) comes before anything from
 the fleet's queue. A call in lockstep starts when all replicas are routable; nothing else starts until it is done.
@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -72,20 +73,30 @@ class _Host:
     exceptions by its own."""
 
     def call(self, method: str, returns: int, *args: Any) -> tuple:
-        """(value 1, ..., value `returns`, fault or None): the fault last, because where a value cannot be sent Ray has
-        already stored what comes before it."""
+        """(value 1, ..., value `returns`, (fault or None, private memory in bytes)): the fault last, because where a
+        value cannot be sent Ray has already stored what comes before it."""
         # No limit of its own: the driver kills this process at the deadline of the call.
         args = [fetch(arg, None) if isinstance(arg, list) else arg for arg in args]
         outcome = run_call(self if method in (READY, BUILD) else self.worker, method, args, returns)
         if isinstance(outcome, Fault):
-            return (*[None] * returns, replace(outcome, exception=_portable(outcome.exception)))
-        return (*outcome, None)
+            return (*[None] * returns, (replace(outcome, exception=_portable(outcome.exception)), _private_bytes()))
+        return (*outcome, (None, _private_bytes()))
 
     def __ready__(self) -> None:
         """Answers as soon as the process is up, which tells a slow factory from a cluster without room."""
 
     def __build__(self, build: Callable[[], Any]) -> None:
         self.worker = build()
+
+
+def _private_bytes() -> int:
+    """Resident memory of this process that it shares with nobody: neither libraries nor the object store. 0 where the
+    system does not tell."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return 0
+    resident, shared = map(int, statm.read_text().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _portable(error: Exception | None) -> Exception | None:
@@ -206,10 +217,10 @@ class RayFleet(Fleet):
         call, (*values, status) = replica.call, replica.references
         replica.call, replica.references = None, []
         try:
-            fault = ray.get(status, timeout=GRACE_S)
+            fault, memory = ray.get(status, timeout=GRACE_S)
         except RayTaskError as error:  # a result that cannot be sent, an argument that cannot be received
             lines = str(error).strip().splitlines()
-            fault = Fault("error", lines[-1], "\n".join(lines[-6:-1]))
+            fault, memory = Fault("error", lines[-1], "\n".join(lines[-6:-1])), 0
         except RayError as error:
             cause = str(error).strip().splitlines()[-1].split(" Some common causes")[0]
             self.lose(replica, call, Fault("crash", f"the worker died: {cause}", str(error)))
@@ -218,6 +229,8 @@ class RayFleet(Fleet):
             self._settle(call, tuple(values))
         else:
             self._settle(call, self.locate(fault, replica.index, call.method))
+        if self.spec.memory_gb and memory > self.spec.memory_gb * 2**30:
+            self._relieve(replica, call, memory / 2**30)
 
     def check(self, replica: _Replica, now: float) -> None:
         """Gives up a replica whose call is past its deadline; tells early that one finds no place."""
@@ -238,7 +251,6 @@ class RayFleet(Fleet):
 
     def lose(self, replica: _Replica, call: _Call, fault: Fault) -> None:
         """Ends a replica that died or hangs; if the spec says so, starts another and gives the call its next chance."""
-        ray.kill(replica.actor)
         fault = self.locate(fault, replica.index, call.method)
         log.warning(fault.text)
         if not self.spec.replace:
@@ -246,15 +258,17 @@ class RayFleet(Fleet):
             self._fail_queue(fault)
         starting = call.task is None
         chances = self.spec.retries - (replica.failed_starts if starting else call.losses)
+        if fault.kind == "timeout" and not starting and not self.spec.retry_timeouts:
+            chances = 0
         if not self.spec.replace or (starting and not chances):
+            ray.kill(replica.actor)
             self._settle(call, fault)
             return
         self.restarts += 1
         if self.on_restart:
             self.on_restart(fault)
-        new = self.replicas[replica.index] = self._spawn(replica.index)
+        new = self._renew(replica)
         new.failed_starts = replica.failed_starts + starting
-        new.todo.extend(waiting for waiting in replica.todo if waiting.task)
         if starting:
             return
         call.losses += 1
@@ -264,6 +278,28 @@ class RayFleet(Fleet):
             new.todo.append(call)
         else:
             self._queue.appendleft(_Batch(call.task, [call]))
+
+    def _relieve(self, replica: _Replica, call: _Call, memory_gb: float) -> None:
+        """Replaces a replica that holds too much. What it returned stays: it is in the object store."""
+        if call.method == BUILD:
+            self.close()
+            raise FleetSpecError(
+                f"fleet {self.spec.name!r}: a fresh worker holds {memory_gb:.2f} GB already; "
+                f"raise memory_gb={self.spec.memory_gb}"
+            )
+        # Not within a call in lockstep, whose outcome the other replicas already have and a new one would not.
+        if call.task and not call.task.lockstep:
+            log.warning("%s[%d] holds %.2f GB after %s and is replaced", self.spec.name, replica.index, memory_gb,
+                        call.method)  # fmt: skip
+            self.recycled += 1
+            self._renew(replica)
+
+    def _renew(self, replica: _Replica) -> _Replica:
+        """Kills a replica and starts another, which takes over what it still has to do."""
+        ray.kill(replica.actor)
+        new = self.replicas[replica.index] = self._spawn(replica.index)
+        new.todo.extend(waiting for waiting in replica.todo if waiting.task)
+        return new
 
     def _settle(self, call: _Call, outcome: tuple | Fault) -> None:
         if call.task is None:
@@ -284,12 +320,18 @@ class RayFleet(Fleet):
             self._lockstep = None
 
     def _spawn(self, index: int) -> _Replica:
-        actor = _Host.options(
-            num_cpus=self.spec.num_cpus,
-            num_gpus=self.spec.num_gpus,
-            max_restarts=0,
-            runtime_env={"env_vars": SINGLE_THREADED | dict(self.spec.env)},
-        ).remote()
+        given = dict(self.spec.runtime_env)
+        environment = SINGLE_THREADED | given.get("env_vars", {}) | dict(self.spec.env)
+        try:
+            options = _Host.options(
+                num_cpus=self.spec.num_cpus,
+                num_gpus=self.spec.num_gpus,
+                max_restarts=0,
+                runtime_env={**given, "env_vars": environment},
+            )
+        except (ValueError, TypeError) as error:
+            raise FleetSpecError(f"fleet {self.spec.name!r}: runtime_env: {error}") from error
+        actor = options.remote()
         kept = [calls[index] for calls in self._kept.values()]
         return _Replica(index, actor, deque([self._place, self._build, *kept]))
 

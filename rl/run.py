@@ -14,11 +14,14 @@ from rl import checkpoint
 from rl.advantage import TermWeight
 from rl.evaluation import compare, stack
 from rl.fleet import Fleet, as_completed, fetch
+from rl.hack_watch import HackWatch
+from rl.judges import Judges
 from rl.loop import Clock, Fleets, LoopSettings, synchronise, train
 from rl.progress import Progress
 from rl.report import figures, filmstrip, side_by_side, write_mp4, write_report
 from rl.run_folder import RunFolder
 from rl.tracking import Tracking
+from rollout.prompts import DragPrompt
 from rollout.records import Films
 
 CANARY = "canary/"
@@ -37,22 +40,39 @@ class HeldOut:
     split: str = "heldout"
 
 
-def measure(rollout: Fleet, reward: Fleet, heldout: HeldOut) -> tuple[dict[str, np.ndarray], Films]:
-    """The rollout workers' present policy on the held-out prompts: metrics [prompts], and the first batch's films."""
+@dataclass(frozen=True)
+class Measured:
+    """metrics: float32 [prompts] each. chunks: references to the Films, `batch` prompts in each but the last."""
+
+    metrics: dict[str, np.ndarray]
+    chunks: list
+    batch: int
+
+    def films(self) -> Films:
+        """Of the first chunk."""
+        return fetch(self.chunks[0])
+
+    def film(self, i: int) -> tuple[DragPrompt, np.ndarray]:
+        """Prompt and video of the i-th prompt."""
+        films = fetch(self.chunks[i // self.batch])
+        return films.prompts[i % self.batch], films.videos[i % self.batch]
+
+
+def measure(rollout: Fleet, judges: Judges, heldout: HeldOut) -> Measured:
+    """The rollout workers' present policy on the held-out prompts."""
     first = heldout.seed * 1_000_000
     chunks = [
         range(first + i, first + min(i + heldout.batch, heldout.prompts))
         for i in range(0, heldout.prompts, heldout.batch)
     ]
     generating = {rollout.submit("generate", heldout.split, list(c), heldout.seed): i for i, c in enumerate(chunks)}
-    measuring, shown = {}, None
+    measuring, films = {}, {}
     for task in as_completed(generating):
-        films = task.result()[0]
-        measuring[reward.submit("measure", films, heldout.split)] = generating[task]
-        if generating[task] == 0:
-            shown = fetch(films)
-    found = {measuring[task]: fetch(task.result()[0]) for task in as_completed(measuring)}
-    return stack([found[i] for i in sorted(found)]), shown
+        i = generating[task]
+        films[i] = task.result()[0]
+        measuring[i] = judges.measure(films[i], heldout.split)
+    found = [judges.measured(*measuring[i]) for i in range(len(chunks))]
+    return Measured(stack(found), [films[i] for i in range(len(chunks))], heldout.batch)
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,7 @@ def run(
     terms: dict[str, TermWeight],
     settings: LoopSettings,
     heldout: HeldOut,
+    watch: HackWatch,
     output: Output,
     resume: Path | None,
 ) -> dict[str, Any]:
@@ -78,14 +99,24 @@ def run(
     """
     started, clock = time.perf_counter(), Clock()
     folder, tracking = output.folder, output.tracking
-    with clock("evaluate"):
-        base, base_films = measure(fleets.rollout, fleets.reward, heldout)
+
+    def look(step: int) -> tuple[dict[str, np.ndarray], Films, bool]:
+        with clock("evaluate"):
+            measured = measure(fleets.rollout, fleets.judges, heldout)
+            stop = watch.look(step, measured.metrics, tracking)
+            if step:
+                watch.draw(step, measured.metrics, measured.film, tracking, output.fps)
+        return measured.metrics, measured.films(), stop
+
     start = 0
     if resume is not None:
         start = fetch(fleets.learner.broadcast("load", str(resume)))[0]
         folder.truncate_after(start)
+        watch.resume(start)
+    base, base_films, _ = look(0)
     synchronise(fleets)
 
+    last = settings.iterations
     with Progress(settings.iterations, start) as progress:
 
         def log(step: int, metrics: dict[str, float]) -> None:
@@ -100,13 +131,21 @@ def run(
             checkpoint.save(folder.checkpoints, step, write, manifest)
             checkpoint.prune(folder.checkpoints, output.keep)
 
-        seconds = train(fleets, terms, settings, start, log, save).seconds
+        def evaluate(step: int) -> bool:
+            nonlocal last
+            synchronise(fleets, averaged=True)
+            stop = look(step)[2]
+            synchronise(fleets)
+            last = step if stop else last
+            return stop
+
+        seconds = train(fleets, terms, settings, start, log, save, evaluate).seconds
 
     synchronise(fleets, averaged=True)
-    with clock("evaluate"):
-        tuned, tuned_films = measure(fleets.rollout, fleets.reward, heldout)
+    tuned, tuned_films, _ = look(last)
     seconds |= clock.seconds | {"total": time.perf_counter() - started}
-    summary = summarise(compare(base, tuned), heldout.prompts, settings.iterations, seconds, tracking.run_id)
+    summary = summarise(compare(base, tuned), heldout.prompts, last, seconds, tracking.run_id)
+    summary["hack_watch"] = {**watch.summary(), "stopped_at": last if last < settings.iterations else None}
     tracking.log(
         {
             f"eval/{name}/{which}": value
@@ -114,10 +153,10 @@ def run(
             for which, value in row.items()
             if which != "ci95"
         },
-        settings.iterations,
+        last,
     )
     folder.write_summary(summary)
-    show(output, summary, base_films, tuned_films, heldout.strips, settings.iterations)
+    show(output, summary, base_films, tuned_films, heldout.strips, last)
     tracking.artifact(folder.summary)
     return summary
 

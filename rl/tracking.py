@@ -121,6 +121,11 @@ class Tracking:
         path = Path(path).resolve()
         self._put("file", 0, path=str(path), target=posixpath.join(folder, path.name))
 
+    def tag(self, name: str, value: str) -> None:
+        """Sets a tag of the run; a later value replaces an earlier one."""
+        _check_name(name)
+        self._put("tag", 0, name=name, value=value[:5000])
+
     def flush(self, timeout: float) -> bool:
         """Waits until all is delivered; False if that takes over timeout seconds, or at once when an attempt fails."""
         if self.uri is None:
@@ -285,6 +290,8 @@ class Tracking:
             with Image.open(record["path"]) as image:
                 self._client.log_image(self.run_id, image, key=record["name"], step=step, timestamp=time_ms)
             os.unlink(record["path"])
+        elif record["kind"] == "tag":
+            self._client.set_tag(self.run_id, record["name"], record["value"])
         else:
             target = PurePosixPath(record["target"])
             with tempfile.TemporaryDirectory() as scratch:  # MLflow names an artifact after its file

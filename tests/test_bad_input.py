@@ -49,13 +49,57 @@ def test_an_unknown_key_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "body, named", [("raise OSError('judge is away')", "judge is away"), ("return [0.5]", "one score per clip")]
+    "body, named",
+    [
+        ("raise OSError('judge is away')", "judge is away"),
+        ("return [0.5]", "must return one score per clip, [2], or per frame, [2, 9], not [1]"),
+        ("return batch.video", "not [2, 9, 32, 32, 3]"),
+        ("batch.video.mean()", "not None; is a `return` missing?"),
+        ("return [None, None]", "a score, where at least one number was expected"),
+        ("return [float('inf'), 0.5]", "returned inf, outside its range 0..1"),
+        ("return [7.0, 0.5]", "returned 7, outside its range 0..1; scale it, or declare its range"),
+        ("return ['good', 'bad']", "score must be numbers, not list"),
+        ("batch.video[:] = 0; return [0.5, 0.5]", "read-only"),
+    ],
 )
 def test_a_reward_that_raises_or_miscounts_is_found_before_any_rollout(capsys, small_run, tmp_path, body, named):  # noqa: F811
     (tmp_path / "mine.py").write_text(f"def judge(batch):\n    {body}\n")
     more = (f"run_dir={tmp_path / 'run'}", "tracking.uri=null", f"+rewards.mine.fn={tmp_path / 'mine.py'}:judge")
     line = complaint(capsys, *small_run, *more)
     assert "rewards.mine" in line and named in line
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_declared_range_is_accepted_and_reaches_the_scores(small_run, tmp_path):  # noqa: F811
+    (tmp_path / "mine.py").write_text("def judge(batch):\n    return [7.0] * len(batch)\n")
+    more = (f"+rewards.mine.fn={tmp_path}/mine.py:judge", "+rewards.mine.range=[1,10]", "train.iterations=1")
+    assert run_job("train", *small_run, f"run_dir={tmp_path}/run", "tracking.uri=null", *more) == 0
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["reward/mine"] == 7
+
+
+@pytest.mark.parametrize(
+    "spec, named",
+    [
+        ("{fn: {_target_: rewards.clip_scores.LaionAesthetic, head: gone.pth, weights: gone}}", "gone"),
+        ("{fn: {_target_: rewards.guards.Background, scael: 1}}", "scael"),
+        ("{fn: {_target_: rewards.guards.Backgruond}}", "Backgruond"),
+        ("{fn: 'FILE:Judge', args: {weights: gone.safetensors}}", "No such file or directory: 'gone.safetensors'"),
+        ("{fn: 'FILE:Judge', args: {wheights: x}}", "unexpected keyword argument 'wheights'"),
+        ("{fn: 'FILE:judge'}", "did you mean 'Judge'?"),
+        ("{fn: 'FILE:Judge', range: [1, 0]}", "range must be (worst, best)"),
+    ],
+)
+def test_a_reward_that_cannot_be_made_is_named_with_the_reason(capsys, small_run, tmp_path, spec, named):  # noqa: F811
+    (tmp_path / "mine.py").write_text(
+        "class Judge:\n    def __init__(self, weights=None):\n        weights and open(weights)\n"
+    )
+    more = (
+        f"run_dir={tmp_path / 'run'}",
+        "tracking.uri=null",
+        f"+rewards.mine={spec}".replace("FILE", str(tmp_path / "mine.py")),
+    )
+    line = complaint(capsys, *small_run, *more)
+    assert "mine" in line and named in line
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -61,6 +62,10 @@ class Worker:
         import torch
 
         return torch.get_num_threads(), cv2.getNumThreads()
+
+    def grow(self, mb: int) -> tuple[int, np.ndarray]:
+        self.held = [*getattr(self, "held", []), b"1" * (mb * 2**20)]
+        return len(self.held), np.full(10**6, len(self.held), np.uint8)
 
     def lock(self) -> object:
         return threading.Lock()
@@ -268,6 +273,36 @@ class Pause:
 
     def __call__(self) -> None:
         threading.Event().wait(self.seconds)
+
+
+def test_a_worker_that_hangs_in_c_and_keeps_the_interpreter_is_killed_and_its_call_not_run_again(
+    ray_local: None,
+) -> None:
+    spec = FleetSpec("reward", timeout_s=1.0, retries=3, retry_timeouts=False)
+    with closing(make_fleet("ray", Worker, spec)) as fleet:
+        ((_, _, pid),) = fetch(fleet.broadcast("seen"))
+        begin = time.monotonic()
+        stuck = fleet.submit("trouble", hang_in_c)
+        assert next(as_completed([stuck])).fault.kind == "timeout"
+        assert time.monotonic() - begin < 3 and fleet.restarts == 1
+        assert ends(pid)
+
+
+def hang_in_c() -> None:
+    ctypes.PyDLL(None).pause()
+
+
+def test_a_worker_that_grows_is_replaced_and_what_it_returned_stays(ray_local: None) -> None:
+    with closing(make_fleet("ray", Worker, FleetSpec("leaky", memory_gb=0.5))) as fleet:
+        fleet.broadcast("load_weights", np.ones(3), 1, keep=True)
+        tasks = [fleet.submit("grow", 100, returns=2) for _ in range(8)]
+        counts, arrays = zip(*(fetch(list(task.result())) for task in as_completed(tasks)))
+        assert max(counts) < 6 and counts.count(1) == fleet.recycled + 1 >= 2 and fleet.restarts == 0
+        assert [int(array[-1]) for array in arrays] == list(counts)
+        assert fetch(fleet.submit("seen").result()[0])[:2] == (3.0, 1)
+    with closing(make_fleet("ray", Worker, FleetSpec("fat", memory_gb=0.01))) as fleet:
+        with pytest.raises(FleetSpecError, match=r"'fat': a fresh worker holds 0\.\d+ GB already; raise memory_gb"):
+            fleet.broadcast("seen")
 
 
 def test_a_dead_rank_ends_the_fleet_and_is_named_though_the_other_ranks_hang(

@@ -9,9 +9,11 @@ import pytest
 from tiny import WORLD, tiny_policy
 
 from policy.transition import Kernel
+from rewards.terms import SystemFault
 from rl.advantage import TermWeight
 from rl.fleet import FleetError, FleetSpec, closing, make_fleet
-from rl.loop import LoopSettings, collect, credit, summarise
+from rl.judges import Judges
+from rl.loop import LoopSettings, credit, summarise
 from rl.reward_worker import GroupScores
 from rl.rollout_worker import SyncedRolloutWorker
 from rl.weights import pack
@@ -25,7 +27,6 @@ SETTINGS = LoopSettings(
     reward_to_go=True,
     advantage_clip=5.0,
     permute=False,
-    fault_share=0.25,
     checkpoint_every=1,
 )
 TERMS = {"near": TermWeight(1.0, 0.01)}
@@ -64,20 +65,25 @@ def test_the_control_gives_the_same_advantages_to_other_members():
     assert (again[1] == wrong[0][1]).all()
 
 
-class Judge:
-    """Scores, or fails in the way that the group's name asks for."""
+class Near:
+    """Scores, or fails on as many members as the group's name ends with."""
 
-    def score(self, name):
-        return [scores(GROUP.frames["near"], name, {"near": "RuntimeError: away"} if name == "away" else None)]
+    def score(self, name, step):
+        failed = np.arange(3) < int(name[-1])
+        return [
+            scores(GROUP.frames["near"], name, {"near": SystemFault(failed, "OSError: away")} if any(failed) else {})
+        ]
 
 
-def test_too_many_failed_terms_stop_the_run_and_few_are_counted():
-    with closing(make_fleet("inline", Judge, FleetSpec("reward"))) as (judges,):
-        found, lost = collect([judges.submit("score", n) for n in ("a", "b", "c", "away")], SETTINGS)
-        assert len(found) == 4 and lost == 0
-        assert summarise(found, TERMS)["masked/terms"] == 1
-        with pytest.raises(FleetError, match="RuntimeError: away"):
-            collect([judges.submit("score", n) for n in ("a", "away")], SETTINGS)
+def test_too_many_failed_scores_stop_the_run_and_few_are_counted():
+    fleet = make_fleet("inline", Near, FleetSpec("reward"))
+    with closing(Judges({"reward": fleet}, {"reward": ["near"]}, fault_share=0.25)) as (judges,):
+        found = judges.collect([judges.score(name, 0) for name in ("a0", "b0", "c0", "away3")])
+        assert len(found.scores) == 4 and found.lost == 0
+        metrics = summarise(found.scores, TERMS)
+        assert (metrics["masked/terms"], metrics["masked/scores"], metrics["group/near/masked"]) == (1, 3, 0.25)
+        with pytest.raises(FleetError, match=r"rewards\.near failed on 4 of 12 clips: OSError: away"):
+            judges.collect([judges.score(name, 0) for name in ("a0", "b0", "c1", "away3")])
 
 
 def test_a_rollout_worker_serves_only_the_version_it_holds(tmp_path):

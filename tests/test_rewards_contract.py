@@ -100,6 +100,21 @@ def test_a_reward_is_found_by_module_and_by_file(tmp_path):
     assert resolve("rewards.contract:RewardError") is RewardError
 
 
+def test_a_reward_is_made_from_the_text_of_its_file_where_the_file_is_not(tmp_path):
+    text = "class Judge:\n    scale: int = 2\n    def __call__(self, batch):\n        return [1 / 0]\n"
+    spec = f"{tmp_path}/gone.py:Judge"
+    with pytest.raises(RewardError, match="no such file"):
+        resolve(spec)
+    made = resolve(spec, text)
+    assert made.__annotations__ == {"scale": int}, "the file's annotations are not turned into strings"
+    with pytest.raises(ZeroDivisionError) as error:
+        made()(None)
+    assert str(error.traceback[-1].path) == f"{tmp_path}/gone.py" and "return [1 / 0]" in str(
+        error.traceback[-1].statement
+    )
+    assert resolve(spec, text.replace("2", "3")).scale == 3, "an edited file is another one"
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from reward_cases import batch_of, film, static
@@ -48,14 +50,74 @@ def test_a_flat_given_picture_is_not_the_policys_fault():
 
 def test_a_term_that_raises_is_not_scored_and_its_text_is_reported(black_and_good):
     outputs, faults = score([Term("remote", broken), Term("light", mean_brightness)], black_and_good)
-    assert np.isnan(outputs["remote"].score).all() and outputs["remote"].frame_score is None
-    assert faults == {"remote": "ConnectionError: the scorer does not answer"}
+    assert outputs["remote"].score[0] == 0, "a black clip is the policy's fault, whoever stumbles over it"
+    assert np.isnan(outputs["remote"].score[1]) and outputs["remote"].frame_score is None
+    assert faults["remote"].text == "ConnectionError: the scorer does not answer" and list(faults) == ["remote"]
+    assert faults["remote"].clips.tolist() == [False, True]
     assert np.isfinite(outputs["light"].score).all()
+
+
+class Fussy:
+    """Raises on the clips it is told to, whatever their company; counts its calls."""
+
+    def __init__(self, *bad: str, largest: int = 1000) -> None:
+        self.bad, self.largest, self.sizes = bad, largest, []
+
+    def __call__(self, batch):
+        self.sizes.append(len(batch))
+        if len(batch) > self.largest:
+            raise MemoryError("too many at once")
+        if set(self.bad) & set(batch.sample_id):
+            raise RuntimeError(f"cannot read {set(self.bad) & set(batch.sample_id)}")
+        return {"score": batch.video.mean((2, 3, 4)) / 255, "seed": batch.seed}
+
+
+@pytest.fixture
+def eight():
+    return batch_of([film(i) for i in range(8)], list(range(8)))
+
+
+def test_a_term_that_fails_on_one_clip_loses_that_clip_alone(eight):
+    sound, fussy = Fussy(), Fussy(eight.sample_id[5])
+    (whole, _), (rest, faults) = (score([Term("fussy", fn)], eight) for fn in (sound, fussy))
+    assert faults["fussy"].clips.tolist() == [b == 5 for b in range(8)]
+    assert faults["fussy"].text == f"RuntimeError: cannot read {{{eight.sample_id[5]!r}}}"
+    for field in ("score", "frame_score"):
+        kept, lost = getattr(rest["fussy"], field), getattr(whole["fussy"], field)
+        assert np.isnan(kept[5]).all() and np.array_equal(np.delete(kept, 5, 0), np.delete(lost, 5, 0), equal_nan=True)
+    assert np.isnan(rest["fussy"].metrics["seed"][5]) and rest["fussy"].metrics["seed"][6] == 6
+    assert fussy.sizes == [8, 4, 4, 2, 1, 1, 2]
+
+
+def test_a_batch_that_does_not_fit_is_scored_in_halves(eight):
+    outputs, faults = score([Term("big", Fussy(largest=3))], eight)
+    assert not faults and np.isfinite(outputs["big"].score).all()
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_scores_do_not_depend_on_the_size_of_a_batch(eight, size):
+    terms = [Term("trajectory", Trajectory()), Term("background", Background()), Term("light", Fussy())]
+    whole, parts = score(terms, eight).outputs, score(terms, eight, size).outputs
+    for name, output in whole.items():
+        assert np.array_equal(parts[name].score, output.score, equal_nan=True)
+        assert np.array_equal(parts[name].frame_score, output.frame_score, equal_nan=True)
+        assert parts[name].metrics.keys() == output.metrics.keys()
+
+
+def test_a_training_term_never_sees_the_true_video_and_a_canary_does(eight):
+    def sees(batch):
+        return [float(batch.truth is not None)] * len(batch)
+
+    shown = replace(eight, truth=eight.video)
+    outputs, _ = score([Term("mine", sees), Term("watch", sees, weight=0, role="canary")], shown)
+    assert outputs["mine"].score.max() == 0 and outputs["watch"].score.min() == 1
 
 
 def test_a_term_that_returns_nonsense_is_a_system_fault_too(black_and_good):
     outputs, faults = score([Term("short", lambda batch: [1.0])], black_and_good)
-    assert np.isnan(outputs["short"].score).all() and "'short' must return one score per clip" in faults["short"]
+    assert np.isfinite(outputs["short"].score).all() and not faults, "one score for one clip is right"
+    outputs, faults = score([Term("deep", lambda batch: [[1.0]])], black_and_good)
+    assert np.isnan(outputs["deep"].score[1]) and "'deep' must return one score per clip" in faults["deep"].text
 
 
 def test_a_frame_without_a_score_is_no_fault():
