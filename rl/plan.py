@@ -132,7 +132,7 @@ def block_pass_bytes(s: Shape, frames: int, cached: int, past: int, append: bool
     copied = kv_bytes(s, past) if past < cached else 0.0
     largest = max(5 * b * e + seen / s.layers, 2 * b * e * s.ffn / s.width)
     transient = (2 * b + 8) * e + largest
-    return copied + 2 * b * e * s.layers + (max(transient, seen) if append else transient)
+    return copied + (2 * b * e * s.layers + max(transient, seen) if append else transient)
 
 
 def rollout_parts(s: Shape, codec: CodecCost, work: Work) -> list[Part]:

@@ -64,15 +64,11 @@ def shape(config=SMALL, **changed) -> Shape:
     return Shape(**{**known, **changed})
 
 
-def network(config=SMALL, window=None, dtype=torch.float32, device=None, forget=True) -> CausalWan:
-    """forget: keys and values go when their layer is done; a packed pass has no use for them."""
+def network(config=SMALL, window=None, dtype=torch.float32, device=None) -> CausalWan:
     with torch.device(device or "cpu"):
         model = meta_transformer(config) if device else type(meta_transformer(config)).from_config(config)
     torch.nn.Module.to(model, dtype)
-    net = CausalWan(model, window)
-    for block in model.blocks if forget else ():
-        block.attn1.register_forward_hook(lambda attention, *_: setattr(attention.processor, "fresh", None))
-    return net
+    return CausalWan(model, window)
 
 
 def allocated(call) -> tuple[int, int]:
@@ -164,7 +160,7 @@ def test_frozen_blocks_and_adapters_keep_what_is_planned():
 @pytest.mark.parametrize(("frames", "window", "cached"), [(1, 7, 7), (2, None, 6), (2, 4, 4)])
 def test_a_streamed_block_takes_the_memory_that_is_planned(dtype, frames, window, cached):
     rows, s = 4, shape(bytes=dtype.itemsize, window=window)
-    net = network(window=window, dtype=dtype, forget=False).requires_grad_(False)
+    net = network(window=window, dtype=dtype).requires_grad_(False)
     k = torch.zeros(rows, cached * s.tokens, 4, 16, dtype=dtype)
     cache = KVCache(tuple((k.clone(), k.clone()) for _ in range(s.layers)), tuple(range(cached)), cached)
     bytes = sum(part.untyped_storage().nbytes() for layer in cache.layers for part in layer)
@@ -191,6 +187,8 @@ def rollout_of(select: str, config: dict, work: Work, selections: list) -> tuple
     with torch.device("meta"):
         codec = ConvCodec(SETTINGS.codec_channels, SETTINGS.codec_width).eval()
     cost = codec_cost(codec, torch.zeros(1, codec.channels, 2, 4, 4, device="meta"))
+    with torch.no_grad():  # at this size most of the peak is the convolutions' own scratch memory, which is not planned
+        cost = replace(cost, peak=allocated(lambda: policy.codec.decode(torch.zeros(1, codec.channels, 2, 4, 4)))[0])
     sampler = GroupSampler(policy, RolloutSettings(select, work.group, "tangent", Kernel("cps", 0.5, 4.0)))
     asked = prompts(len(selections))
     drawn = [replace(p, selected=s) for p, s in zip(plans(asked, select, members=work.group), selections)]
@@ -231,7 +229,7 @@ def test_the_flops_of_a_pass_are_those_that_torch_counts():
     """On the 1.3B shape, two of its layers, without memory."""
     config = {**WAN, "num_layers": 2}
     s = shape(config, tokens=1560, text_tokens=512, window=7, sizes=(1,) * 10)
-    net = network(config, window=7, device="meta", forget=False)
+    net = network(config, window=7, device="meta")
     k = torch.zeros(1, 6 * 1560, 12, 128, device="meta")
     cache = KVCache(((k, k), (k, k)), tuple(range(6)), 6)
     x, text = torch.zeros(1, 36, 1, 60, 104, device="meta"), torch.zeros(1, 512, 4096, device="meta")

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
+
+from policy.lora import LoraSettings
+from policy.policy import DragPolicy, PolicySource, load_policy
+from policy.wan import WanSettings
+from rollout.prompts import DragPrompt
+
+# after policy has readied torchvision
+from diffusers import AutoencoderKLWan, WanTransformer3DModel  # isort: skip
+from transformers import (  # isort: skip
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -16,13 +24,6 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-
-from policy.lora import LoraSettings
-from policy.policy import DragPolicy, PolicySource, load_policy
-from policy.wan import WanSettings
-from rollout.prompts import DragPrompt
-
-from diffusers import AutoencoderKLWan, WanTransformer3DModel  # isort: skip
 
 SHAPE = {
     "num_attention_heads": 2,
