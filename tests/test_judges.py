@@ -173,7 +173,8 @@ def test_a_run_finishes_with_a_killed_a_hanging_a_leaking_and_a_raising_reward(r
 
 def test_a_reward_that_fails_on_too_much_ends_the_run_early_and_is_named(ray_local, tmp_path):
     hangs = reward(tmp_path, "hangs", HANGS.replace("startswith('04')", "isdigit() or not batch.step"))
-    with closing(make_judges(config(*NOTHING, hangs, "+rewards.hangs.worker.timeout_s=1"))) as (judges,):
+    overrides = [hangs, "+rewards.hangs.worker.timeout_s=1", "cluster.fault_share=0.5"]
+    with closing(make_judges(config(*NOTHING, *overrides))) as (judges,):
         with pytest.raises(FleetError, match=r"rewards.hangs could not be scored on 2 of 3 chunks: .* no result after"):
             collected(judges, chunks(3, 1))
 
