@@ -40,12 +40,13 @@ class KVCache:
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
     """x[index]; of a single row a view."""
-    return x.expand(len(index), *x.shape[1:]) if len(x) == 1 else x[index]
+    return x.expand(len(index), *x.shape[1:]) if len(x) == 1 else x.index_select(0, index)
 
 
 class StreamAttention:
     """diffusers' `WanAttnProcessor`, with rotary tables, mask and past keys and values set from outside.
 
+    parents: which row of the past each row of the batch continues; None: its own. Forks share the memory of their past.
     keep: leave the new keys and values in `fresh`. For the context pass alone: anywhere else they are memory that lives
     as long as the pass, and with gradient checkpointing the graphs of all blocks.
 
@@ -59,6 +60,7 @@ class StreamAttention:
         self.rotary: KeyValue | None = None
         self.mask: Tensor | None = None
         self.past: KeyValue | None = None
+        self.parents: Tensor | None = None
         self.keep, self.fresh = False, None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
@@ -68,11 +70,21 @@ class StreamAttention:
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
         self.fresh = (k, v) if self.keep else None
         if self.past is not None:
-            k, v = torch.cat((self.past[0], k), 1), torch.cat((self.past[1], v), 1)
+            k, v = (joined(past, self.parents, new) for past, new in zip(self.past, (k, v)))
         x = dispatch_attention_fn(
             q, k, v, attn_mask=self.mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         return attn.to_out[1](attn.to_out[0](x.flatten(2, 3).type_as(q)))
+
+
+def joined(past: Tensor, parents: Tensor | None, new: Tensor) -> Tensor:
+    """The tokens of past[parents] (None: of the past as it is), then those of `new`: [B, L + l, heads, head_dim]."""
+    if parents is None:
+        return torch.cat((past, new), 1)
+    whole = new.new_empty(len(new), past.shape[1] + new.shape[1], *new.shape[2:])
+    torch.index_select(past, 0, parents, out=whole[:, : past.shape[1]])  # past[parents] would write it all twice
+    whole[:, past.shape[1] :] = new
+    return whole
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -41,11 +41,14 @@ class CausalWan(nn.Module):
             layer.attn1.set_processor(processor)
         self._masks = lru_cache(maxsize=32)(self._packed_mask)
 
-    def block(self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache) -> Tensor:
+    def block(
+        self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache, parents: Tensor | None = None
+    ) -> Tensor:
         """Velocity of the next block. x [B, channels, f, h, w]; t: time in 0..1000, scalar or [B]; leaves the cache
-        alone.
+        alone. parents int64 [B]: which row of the cache each x continues (None: its own), so that forks need no copy
+        of it; without gradient.
         """
-        return self._stream(x, t, text, cache)[0]
+        return self._stream(x, t, text, cache, parents=parents)[0]
 
     def append(self, x: Tensor, text: Tensor, cache: KVCache) -> KVCache:
         """The context pass: the cache after clean block x [B, channels, f, h, w], evicted to the window."""
@@ -90,7 +93,7 @@ class CausalWan(nn.Module):
         with self._installed(self._rotary(ids, rows, columns), mask):
             return self._velocity(x, t.repeat_interleave(tokens, 1), text)
 
-    def _stream(self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache, keep: bool = False):
+    def _stream(self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache, keep: bool = False, parents=None):
         rows, columns = self._grid(x)
         end = cache.next_frame + x.shape[2]
         seen = visible_from(torch.tensor(cache.frames), torch.tensor(end), self.window, self.sink)
@@ -99,7 +102,9 @@ class CausalWan(nn.Module):
             index = seen.repeat_interleave(rows * columns).nonzero()[:, 0].to(x.device)
             past = [(k[:, index], v[:, index]) for k, v in past]
         t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(x.shape[0])
-        with self._installed(self._rotary(torch.arange(cache.next_frame, end), rows, columns), None, past, keep):
+        with self._installed(
+            self._rotary(torch.arange(cache.next_frame, end), rows, columns), None, past, keep, parents
+        ):
             v = self._velocity(x, t, text)
             fresh = [processor.fresh for processor in self.processors]
         return v, fresh, past, [f for f, kept in zip(cache.frames, seen.tolist()) if kept]
@@ -132,15 +137,15 @@ class CausalWan(nn.Module):
         self.model.enable_gradient_checkpointing(recomputed)
 
     @contextmanager
-    def _installed(self, rotary, mask: Tensor | None, past: Sequence | None = None, keep: bool = False):
+    def _installed(self, rotary, mask: Tensor | None, past: Sequence | None = None, keep: bool = False, parents=None):
         for i, processor in enumerate(self.processors):
             processor.rotary, processor.mask, processor.past = rotary, mask, past[i] if past else None
-            processor.keep = keep
+            processor.keep, processor.parents = keep, parents
         try:
             yield
         finally:
             for processor in self.processors:
-                processor.rotary = processor.mask = processor.past = processor.fresh = None
+                processor.rotary = processor.mask = processor.past = processor.fresh = processor.parents = None
                 processor.keep = False
 
     def _grid(self, x: Tensor) -> tuple[int, int]:

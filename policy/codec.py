@@ -84,12 +84,16 @@ class ConvCodec(nn.Module):
         )
 
     def encode(self, video: Tensor) -> Tensor:
-        z = self.encoder(video.transpose(1, 2).flatten(0, 1))
-        return z.unflatten(0, (video.shape[0], -1)).transpose(1, 2)
+        return self._framewise(self.encoder, video)
 
     def decode(self, latents: Tensor, state: CodecState = None) -> tuple[Tensor, CodecState]:
-        frames = self.decoder(latents.transpose(1, 2).flatten(0, 1))
-        return frames.unflatten(0, (latents.shape[0], -1)).transpose(1, 2), None
+        return self._framewise(self.decoder, latents), None
+
+    def _framewise(self, part: nn.Module, x: Tensor) -> Tensor:
+        frames = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        # Some frames at a time, whose activations stay in the cache of a CPU; a batch norm in training wants them all.
+        pieces = [frames] if self.training else frames.split(64)
+        return torch.cat([part(piece) for piece in pieces]).unflatten(0, (len(x), -1)).transpose(1, 2)
 
     def save(self, folder: Path) -> None:
         save_file(self.state_dict(), folder / "codec.safetensors")

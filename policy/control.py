@@ -5,7 +5,7 @@ tracks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -20,17 +20,19 @@ class Drag:
     """The first frame and the lines of a batch of prompts.
 
     first_frame float [B, 3, H, W] in -1..1; tracks float [B, T, N, 2] (x, y) px; visible bool [B, T, N], False for
-    padding too. background: latents [B, C, F, h, w] that a control lays under the drag, once it has been prepared.
+    padding too. Once a control has prepared it, background: latents [B, C, F, h, w] that it lays under the drag;
+    filled float [B, 3, H, W]: the first frame without what stands at the points.
     """
 
     first_frame: Tensor
     tracks: Tensor
     visible: Tensor
     background: Tensor | None = None
+    filled: Tensor | None = None
 
     def rows(self, index: Tensor) -> Drag:
-        background = None if self.background is None else self.background[index]
-        return Drag(self.first_frame[index], self.tracks[index], self.visible[index], background)
+        parts = (self.first_frame, self.tracks, self.visible, self.background, self.filled)
+        return Drag(*(None if part is None else part.index_select(0, index) for part in parts))
 
 
 class Control(Protocol):
@@ -61,7 +63,7 @@ class MovedWindowControl:
         self.channels = codec.channels + 2
 
     def prepare(self, drag: Drag) -> Drag:
-        return drag
+        return replace(drag, filled=without_points(drag, self.window))
 
     def encode(self, drag: Drag, frames: slice = slice(None)) -> Tensor:
         """float [B, channels, f, h, w]: the control of the given video frames (one latent each); causal in the
@@ -91,28 +93,37 @@ def moved_windows(drag: Drag, frames: slice | Tensor, window: float) -> tuple[Te
 
     window: half side, px. Returns pictures [B, 3, f, H, W] and which of their pixels are known, float [B, f, H, W].
     """
-    first, (height, width) = drag.first_frame, drag.first_frame.shape[-2:]
-    y, x = torch.meshgrid(
-        torch.arange(height, device=first.device), torch.arange(width, device=first.device), indexing="ij"
-    )
-    start, now = drag.tracks[:, :1], drag.tracks[:, frames]
-    active = drag.visible[:, :1]
-
-    def within(points: Tensor) -> Tensor:
-        far = torch.maximum((x - points[..., 0, None, None]).abs(), (y - points[..., 1, None, None]).abs())
-        return far <= window
-
-    left = (within(start) & active[..., None, None]).any(2)
-    filled = torch.where(left, fill_from_around(first, left.float(), window), first)
+    first, start, now = drag.first_frame, drag.tracks[:, :1], drag.tracks[:, frames]
+    filled = without_points(drag, window) if drag.filled is None else drag.filled
     f = now.shape[1]
     canvas = filled[:, :, None].expand(-1, -1, f, -1, -1)
-    known = ~left.expand(-1, f, -1, -1)
+    known = ~_left(drag, window).expand(-1, f, -1, -1)
     for n in range(now.shape[2]):
-        here = within(now[:, :, n]) & (active[..., n] & drag.visible[:, frames, n])[..., None, None]
+        here = _within(now[:, :, n], first.shape[-2:], window)
+        here = here & (drag.visible[:, :1, n] & drag.visible[:, frames, n])[..., None, None]
         moved = shift_picture(first, now[:, :, n] - start[:, :, n])
         canvas = torch.where(here[:, None], moved, canvas)
         known = known | here
     return canvas, known.float()
+
+
+def without_points(drag: Drag, window: float) -> Tensor:
+    """The first frame [B, 3, H, W] with the windows around its points filled from their surroundings."""
+    left = _left(drag, window)
+    return torch.where(left, fill_from_around(drag.first_frame, left.float(), window), drag.first_frame)
+
+
+def _left(drag: Drag, window: float) -> Tensor:
+    """bool [B, 1, H, W]: what lies in the window of a point of the first frame."""
+    within = _within(drag.tracks[:, :1], drag.first_frame.shape[-2:], window)
+    return (within & drag.visible[:, :1, :, None, None]).any(2)
+
+
+def _within(points: Tensor, size: Sequence[int], window: float) -> Tensor:
+    """bool [..., H, W]: the pixels in the window around each point [..., 2]."""
+    y, x = torch.meshgrid(*(torch.arange(n, device=points.device) for n in size), indexing="ij")
+    far = torch.maximum((x - points[..., 0, None, None]).abs(), (y - points[..., 1, None, None]).abs())
+    return far <= window
 
 
 def fill_from_around(picture: Tensor, hole: Tensor, reach: float) -> Tensor:

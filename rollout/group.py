@@ -8,22 +8,54 @@ own states.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from policy.explore import Basis, Subspace, cells_near, tangent_basis
+from policy.explore import Subspace, cells_near, tangent_basis
 from policy.policy import DragPolicy
 from policy.transition import Kernel, place, transition
 from rollout.plan import NoisePlan
 from rollout.prompts import DragPrompt
 from rollout.records import Action, GroupRollout, Replay
-from rollout.sampler import Sampler, Stream
+from rollout.sampler import Sampler, Stream, state_rows
 from rollout.seeds import seed_of
 
 EXPLORES = ("tangent", "coarse", "white")
+
+
+@dataclass
+class Line:
+    """One video in the making: a trunk, a twig of one, or a whole video of a group.
+
+    prompt: index. members: whose noise it draws at selected steps; a twig draws none. last: the block it ends with.
+    film: uint8 [t, H, W, 3] and history: latents [1, C, f, h, w], per finished block.
+    """
+
+    prompt: int
+    members: range
+    last: int
+    film: list[np.ndarray]
+    history: list[Tensor]
+    actions: list[Action] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group in the making: its members' lines, and the blocks that have an advantage of their own."""
+
+    name: str
+    prompt: int
+    blocks: range
+    lines: list[Line]
+
+    def rollout(self, prompts: Sequence[DragPrompt], sampler: Sampler, version: int) -> GroupRollout:
+        shared, start = np.concatenate(self.lines[0].film[: self.blocks[0]]), self.blocks[0]
+        members = np.stack([np.concatenate(line.film[start:]) for line in self.lines])
+        starts = {block: sampler.video(block).start for block in self.blocks}
+        return GroupRollout(self.name, prompts[self.prompt], shared, members, starts, seed_of(self.name), version)
 
 
 @dataclass(frozen=True)
@@ -69,142 +101,148 @@ class GroupSampler:
         self, prompts: Sequence[DragPrompt], plans: Sequence[NoisePlan], version: int
     ) -> tuple[list[GroupRollout], list[Replay]]:
         """Groups for the rewards and replays for the learner; version: of the weights, recorded in the groups."""
-        roll = self._branches if self.settings.branching else self._full_videos
-        return roll(prompts, plans, version)
+        begun, first = self.sampler.begin(prompts)
+        lines, groups = self._start(prompts, plans, first)
+        actors, stream = lines, begun
+        if not self.settings.branching:
+            stream = begun.rows(_index([line.prompt for line in lines], first))
+        while lines:
+            stream, lines = self._block(stream, lines, groups, plans)
+        rows = {i: slice(i, i + 1) for i in range(len(prompts))}
+        replays = [
+            Replay(torch.cat(line.history, 2), begun.control[rows[line.prompt]], begun.text[rows[line.prompt]],
+                   tuple(line.actions)) for line in actors
+        ]  # fmt: skip
+        return [group.rollout(prompts, self.sampler, version) for group in groups], replays
 
-    def _branches(self, prompts, plans, version) -> tuple[list[GroupRollout], list[Replay]]:
-        sampler = self.sampler
-        stream, first = sampler.begin(prompts)
-        latents, pixels = [first], np.stack([p.first_frame for p in prompts])[:, None]
-        groups: list[GroupRollout] = []
-        actions: list[list[Action]] = [[] for _ in prompts]
-        last = max(block for plan in plans for block, _ in plan.selected)
-        for block in range(1, last + 1):
-            x = sampler.initial(plans, block)
-            for k, (s, _) in enumerate(sampler.levels):
-                v = sampler.velocity(stream, x, s)
-                rows = [i for i, plan in enumerate(plans) if k in plan.steps(block)]
-                if rows:
-                    at = torch.tensor(rows, device=x.device)
-                    forked = self._fork(stream.rows(at), x[at], v[at], k, [plans[i] for i in rows])
-                    for i, (frames, action) in zip(rows, forked):
-                        actions[i].append(action)
-                        starts = {block: pixels.shape[1]}
-                        groups.append(_group(action.group_id, prompts[i], pixels[i], frames, starts, version))
-                x = sampler.advance(x, v, k, plans, block)
-            if block < last:
-                latents.append(x)
-                frames, stream = sampler.decode(stream, x)
-                pixels = np.concatenate((pixels, frames), 1)
-                stream = sampler.append(stream, x)
-        return groups, _replays(torch.cat(latents, 2), stream, actions)
+    def _start(self, prompts, plans, first: Tensor) -> tuple[list[Line], list[Group]]:
+        """One trunk per prompt; or all the videos of all groups."""
+        members, pictures = self.settings.group_size, [prompt.first_frame[None] for prompt in prompts]
+        if self.settings.branching:
+            ends = [max(block for block, _ in plan.selected) for plan in plans]
+            return [Line(i, range(members), end, [pictures[i]], [first[i : i + 1]]) for i, end in enumerate(ends)], []
+        last, groups = self.blocks - 1, []
+        for i, name in enumerate(self._group_ids(plans, None)):
+            videos = [Line(i, range(g, g + 1), last, [pictures[i]], [first[i : i + 1]]) for g in range(members)]
+            groups.append(Group(name, i, range(1, self.blocks), videos))
+        return [line for group in groups for line in group.lines], groups
 
-    def _fork(self, stream: Stream, x: Tensor, v: Tensor, step: int, plans) -> list[tuple]:
-        """Per row of the shared states x [P, C, f, h, w]: its G twigs' frames [G, t, H, W, 3] and the action."""
-        sampler, members = self.sampler, self.settings.group_size
-        explored = self._explore(stream, x, v, step, plans, [range(members)] * len(plans))
-        wide_plans = [plan for plan in plans for _ in range(members)]
-        twig = stream.rows(torch.arange(len(plans), device=x.device).repeat_interleave(members))
-        end = (
-            self.blocks
-            if self.settings.select == "video"
-            else min(stream.block + 1 + self.settings.horizon, self.blocks)
-        )
-        z = sampler.finish(twig, explored.states.flatten(0, 1), step + 1, wide_plans)
-        pixels, twig = sampler.decode(twig, z)
-        while twig.block + 1 < end:
-            twig = sampler.append(twig, z)
-            z = sampler.finish(twig, sampler.initial(wide_plans, twig.block), 0, wide_plans)
-            frames, twig = sampler.decode(twig, z)
-            pixels = np.concatenate((pixels, frames), 1)
-        actions = explored.actions(x, self._group_ids(plans, stream.block), [range(members)] * len(plans))
-        return list(zip(pixels.reshape(len(plans), members, *pixels.shape[1:]), actions))
+    def _block(
+        self, stream: Stream, lines: list[Line], groups: list[Group], plans: Sequence[NoisePlan]
+    ) -> tuple[Stream, list[Line]]:
+        """Takes all lines through the next block, a pass per noise level; returns what goes on after it."""
+        sampler, block, branching = self.sampler, stream.block, self.settings.branching
+        x = sampler.initial(plans, block)
+        x = x.index_select(0, _index([line.prompt for line in lines], x))
+        parents = torch.arange(len(lines), device=x.device)
+        for k, (s, _) in enumerate(sampler.levels):
+            rows = [r for r, line in enumerate(lines) if line.members and k in plans[line.prompt].steps(block)]
+            at = _index(rows, x)
+            v, moved = self._velocities(stream, x, s, parents, at)
+            after = sampler.advance(x, v, k, [plans[line.prompt] for line in lines], block)
+            if rows:
+                chosen = [lines[r] for r in rows]
+                explored = self._explore(stream, parents[at], x[at], v[at], moved, k, chosen, plans)
+                names = self._group_ids([plans[line.prompt] for line in chosen], block if branching else None)
+                for line, action in zip(chosen, explored.actions(x[at], names, [line.members for line in chosen])):
+                    line.actions.append(action)
+                if branching:
+                    forks = [Group(name, line.prompt, range(block, block + 1), self._twigs(line, block))
+                             for name, line in zip(names, chosen)]  # fmt: skip
+                    groups += forks
+                    lines = lines + [twig for fork in forks for twig in fork.lines]
+                    parents = torch.cat((parents, parents[at].repeat_interleave(self.settings.group_size)))
+                    after = torch.cat((after, explored.states.flatten(0, 1)))
+                else:
+                    after[at] = explored.states[:, 0]
+            x = after
+        return self._finish(stream, lines, x, parents)
 
-    def _full_videos(self, prompts, plans, version) -> tuple[list[GroupRollout], list[Replay]]:
-        sampler, members = self.sampler, self.settings.group_size
-        wide_plans = [plan for plan in plans for _ in range(members)]
-        own = [range(g, g + 1) for _ in plans for g in range(members)]
-        stream, first = sampler.begin(prompts)
-        wide = torch.arange(len(plans), device=first.device).repeat_interleave(members)
-        stream, latents, pixels = stream.rows(wide), [first[wide]], []
-        actions: list[list[Action]] = [[] for _ in wide_plans]
-        for block in range(1, self.blocks):
-            x = sampler.initial(wide_plans, block)
-            for k, (s, _) in enumerate(sampler.levels):
-                v = sampler.velocity(stream, x, s)
-                moved = sampler.advance(x, v, k, wide_plans, block)
-                rows = [i for i, plan in enumerate(wide_plans) if k in plan.steps(block)]
-                if rows:
-                    at = torch.tensor(rows, device=x.device)
-                    chosen, members_of = [wide_plans[i] for i in rows], [own[i] for i in rows]
-                    explored = self._explore(stream.rows(at), x[at], v[at], k, chosen, members_of)
-                    moved[at] = explored.states[:, 0]
-                    for i, action in zip(rows, explored.actions(x[at], self._group_ids(chosen, None), members_of)):
-                        actions[i].append(action)
-                x = moved
-            frames, stream = sampler.decode(stream, x)
-            pixels.append(frames)
-            if block + 1 < self.blocks:
-                latents.append(x)
-                stream = sampler.append(stream, x)
-        videos = np.concatenate(pixels, 1)
-        videos = videos.reshape(len(plans), members, *videos.shape[1:])
-        starts = {block: sampler.video(block).start for block in range(1, self.blocks)}
-        groups = [
-            _group(name, prompt, prompt.first_frame[None], videos[i], starts, version)
-            for i, (name, prompt) in enumerate(zip(self._group_ids(plans, None), prompts))
-        ]
-        return groups, _replays(torch.cat(latents, 2), stream, actions)
+    def _twigs(self, trunk: Line, block: int) -> list[Line]:
+        last = self.blocks - 1
+        if self.settings.select == "trunk":
+            last = min(block + self.settings.horizon, last)
+        return [Line(trunk.prompt, range(0), last, list(trunk.film), []) for _ in range(self.settings.group_size)]
 
-    def _explore(self, stream: Stream, x: Tensor, v: Tensor, step: int, plans, members: Sequence[range]) -> Explored:
-        """Samples the selected transition of each row for its members."""
+    def _finish(self, stream: Stream, lines: list[Line], x: Tensor, parents: Tensor) -> tuple[Stream, list[Line]]:
+        """Films the clean block x and appends it to the lines that go on; a trunk ends unseen with its last fork."""
+        sampler, block = self.sampler, stream.block
+        going = [r for r, line in enumerate(lines) if block < line.last]
+        ending = [r for r, line in enumerate(lines) if block == line.last]
+        if self.settings.branching:
+            ending = [r for r in ending if not lines[r].members]
+        shown = _index(going + ending, x)
+        state = state_rows(stream.codec_state, parents[shown])
+        pixels, decoded = sampler.decode(replace(stream, codec_state=state), x[shown])
+        for r, film in zip(going + ending, pixels):
+            lines[r].film.append(film)
+        if not going:
+            return stream, []
+        kept = shown[: len(going)]
+        clean = x[kept]
+        for r, latent in zip(going, clean.split(1)):
+            lines[r].history.append(latent)
+        if parents[kept].tolist() != list(range(len(stream.text))):
+            stream = stream.rows(parents[kept])
+        state = state_rows(decoded.codec_state, torch.arange(len(going), device=x.device))
+        return sampler.append(replace(stream, codec_state=state), clean), [lines[r] for r in going]
+
+    def _velocities(
+        self, stream: Stream, x: Tensor, s: float, parents: Tensor, at: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network at all states x; for `tangent` also at those in `at` with moved drags, [n, D, C, f, h, w]."""
+        control = self.sampler.control(stream).index_select(0, parents)
+        if self.settings.explore != "tangent" or not len(at):
+            return self.sampler.forked_velocity(stream, x, control, s, parents), None
+        moved = self._moved_control(stream, parents[at])
+        wide = at.repeat_interleave(moved.shape[1])
+        x_wide, parents_wide = torch.cat((x, x[wide])), torch.cat((parents, parents[wide]))
+        v = self.sampler.forked_velocity(stream, x_wide, torch.cat((control, moved.flatten(0, 1))), s, parents_wide)
+        return v[: len(x)], v[len(x) :].unflatten(0, moved.shape[:2])
+
+    def _moved_control(self, stream: Stream, rows: Tensor) -> Tensor:
+        """The next block's control, the drag moved by a pixel along one axis in one frame: [n, 2 f, Cc, f, h, w]."""
+        frames, video = self.sampler.frames[stream.block], self.sampler.video(stream.block)
+        drag = stream.drag.rows(rows.repeat_interleave(2))
+        tracks = drag.tracks.unflatten(0, (-1, 2)).clone()
+        for axis in (0, 1):
+            tracks[:, axis, video, :, axis] += 1.0
+        moved = self.policy.control.encode(replace(drag, tracks=tracks.flatten(0, 1)), frames).unflatten(0, (-1, 2))
+        control = self.sampler.control(stream)[rows]
+        own = torch.eye(control.shape[2], dtype=torch.bool, device=control.device)[:, None, :, None, None]
+        return torch.where(own, moved[:, :, None], control[:, None, None]).flatten(1, 2)
+
+    def _explore(self, stream: Stream, parents: Tensor, x: Tensor, v: Tensor, moved: Tensor | None, step: int,
+                 lines: Sequence[Line], plans: Sequence[NoisePlan]) -> Explored:  # fmt: skip
+        """Samples the selected transition of each line for its members."""
         (s, s2), kernel = self.sampler.levels[step], self.settings.kernel
-        subspace = self._subspace(stream, x, v, s)
+        subspace = self._cells(stream, parents) if moved is None else tangent_basis(v, moved)
         pair = 2 if self.settings.antithetic else 1
         noise = subspace.noise(
-            [[plan.exploration(stream.block, step, g // pair) for g in own] for plan, own in zip(plans, members)]
+            [[plans[line.prompt].exploration(stream.block, step, g // pair) for g in line.members] for line in lines]
         )
         if self.settings.antithetic:
-            sign = torch.tensor([[1.0 - 2 * (g % 2) for g in own] for own in members], device=x.device)
+            sign = torch.tensor([[1.0 - 2 * (g % 2) for g in line.members] for line in lines], device=x.device)
             noise = noise * sign.view(*sign.shape, *[1] * (noise.ndim - 2))
         coordinates, logp = transition(kernel, subspace, x, v, s, s2, noise=noise)
         states = place(kernel, subspace, x, v, s, s2, coordinates)
         return Explored(stream.block, step, s, s2, subspace, coordinates, logp, states)
 
-    def _subspace(self, stream: Stream, x: Tensor, v: Tensor, s: float) -> Subspace:
-        if self.settings.explore == "tangent":
-            return self._tangent(stream, x, v, s)
+    def _cells(self, stream: Stream, rows: Tensor) -> Subspace:
         # The last video frame of each latent frame: its drag is what the latent frame ends with.
         stop, stride = self.sampler.video(stream.block).stop, self.policy.codec.temporal_stride
         frames = slice(stop - 1 - stride * (self.policy.sizes[stream.block] - 1), stop, stride)
         channels, h, w = self.policy.latent_shape
         cell, radius = (self.settings.cell, self.settings.radius) if self.settings.explore == "coarse" else (1, 0.0)
         return cells_near(
-            stream.drag.tracks[:, frames],
-            stream.drag.visible[:, frames],
+            stream.drag.tracks[rows][:, frames],
+            stream.drag.visible[rows][:, frames],
             (h, w),
             self.policy.codec.spatial_stride,
             cell,
             channels,
             radius,
         )
-
-    def _tangent(self, stream: Stream, x: Tensor, v: Tensor, s: float) -> Basis:
-        """One pass of 2 f rows per state: the prediction with the drag moved by a pixel, per axis and latent frame."""
-        frames, video = self.sampler.frames[stream.block], self.sampler.video(stream.block)
-        controls = []
-        for axis in (0, 1):
-            tracks = stream.drag.tracks.clone()
-            tracks[:, video, :, axis] += 1.0
-            moved = self.policy.control.encode(replace(stream.drag, tracks=tracks), frames)
-            for f in range(frames.stop - frames.start):
-                control = stream.control[:, :, frames].clone()
-                control[:, :, f] = moved[:, :, f]
-                controls.append(control)
-        control = torch.stack(controls, 1)
-        wide = torch.arange(len(x), device=x.device).repeat_interleave(control.shape[1])
-        shifted = self.sampler.velocity(stream.rows(wide), x[wide], s, control.flatten(0, 1))
-        return tangent_basis(v, shifted.unflatten(0, control.shape[:2]))
 
     def _group_ids(self, plans: Sequence[NoisePlan], block: int | None) -> list[str]:
         suffix = "" if block is None else f"/block{block}"
@@ -244,10 +282,5 @@ class Explored:
         ]
 
 
-def _replays(history: Tensor, stream: Stream, actions: Sequence[Sequence[Action]]) -> list[Replay]:
-    rows = [slice(i, i + 1) for i in range(len(actions))]
-    return [Replay(history[i], stream.control[i], stream.text[i], tuple(taken)) for i, taken in zip(rows, actions)]
-
-
-def _group(name, prompt, shared, members, starts, version) -> GroupRollout:
-    return GroupRollout(name, prompt, shared, members, starts, seed_of(name), version)
+def _index(rows: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device=like.device)

@@ -53,9 +53,12 @@ class Stream:
     block: int
 
     def rows(self, index: Tensor) -> Stream:
-        state = self.codec_state and tuple(None if part is None else rows_of(part, index) for part in self.codec_state)
-        text, cache = rows_of(self.text, index), self.cache.rows(index)
-        return Stream(self.drag.rows(index), self.control[index], text, cache, state, self.block)
+        text, cache, control = rows_of(self.text, index), self.cache.rows(index), rows_of(self.control, index)
+        return Stream(self.drag.rows(index), control, text, cache, state_rows(self.codec_state, index), self.block)
+
+
+def state_rows(state: CodecState, index: Tensor) -> CodecState:
+    return state and tuple(None if part is None else rows_of(part, index) for part in state)
 
 
 class Sampler:
@@ -91,10 +94,20 @@ class Sampler:
         shape = self._shape(block)
         return torch.stack([p.initial(block, shape) for p in plans]).to(self.policy.device)
 
-    def velocity(self, stream: Stream, x: Tensor, s: float, control: Tensor | None = None) -> Tensor:
+    def control(self, stream: Stream) -> Tensor:
+        """Of the stream's next block, [B, Cc, f, h, w]."""
+        return stream.control[:, :, self.frames[stream.block]]
+
+    def velocity(self, stream: Stream, x: Tensor, s: float) -> Tensor:
         """The network at state x [B, C, f, h, w] of the stream's next block, at noise level s."""
-        control = stream.control[:, :, self.frames[stream.block]] if control is None else control
-        return self.policy.net.block(torch.cat((x, control), 1), s * 1000, stream.text, stream.cache)
+        return self.policy.net.block(torch.cat((x, self.control(stream)), 1), s * 1000, stream.text, stream.cache)
+
+    def forked_velocity(self, stream: Stream, x: Tensor, control: Tensor, s: float, parents: Tensor) -> Tensor:
+        """The same for any number of states x [R, C, f, h, w] under controls [R, Cc, f, h, w]; parents int64 [R]: the
+        rows of the stream that they continue, which are not copied.
+        """
+        text = rows_of(stream.text, parents)
+        return self.policy.net.block(torch.cat((x, control), 1), s * 1000, text, stream.cache, parents)
 
     def advance(self, x: Tensor, v: Tensor, step: int, plans: Sequence[NoisePlan], block: int) -> Tensor:
         """An unselected step."""
@@ -112,7 +125,7 @@ class Sampler:
 
     def append(self, stream: Stream, block: Tensor) -> Stream:
         """The context pass on a finished block [B, C, f, h, w]."""
-        x = torch.cat((block, stream.control[:, :, self.frames[stream.block]]), 1)
+        x = torch.cat((block, self.control(stream)), 1)
         cache = self.policy.net.append(x, stream.text, stream.cache)
         return replace(stream, cache=cache, block=stream.block + 1)
 
