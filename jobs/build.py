@@ -162,7 +162,7 @@ def session(c: TrainConfig) -> Iterator[None]:
 
 def make_rollout_fleet(c: TrainConfig, settings: Settings) -> Fleet:
     source = partial(make_source, c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)
-    args = (policy_source(c.policy), c.policy.weights, rollout_settings(c), source, c.seed)
+    args = (policy_source(c.policy), c.policy.weights, rollout_settings(c), source, c.seed, c.rollout.compile)
     return make_fleet(c.cluster.backend, SyncedRolloutWorker, _spec("rollout", c.cluster.rollout), args)
 
 

@@ -82,6 +82,7 @@ class RolloutConfig:
     radius: float
     antithetic: bool
     renoise: bool
+    compile: bool
 
 
 @dataclass

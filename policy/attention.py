@@ -70,7 +70,7 @@ class StreamAttention:
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
         self.fresh = (k, v) if self.keep else None
         if self.past is not None:
-            k, v = (joined(past, self.parents, new) for past, new in zip(self.past, (k, v)))
+            k, v = joined(self.past[0], self.parents, k), joined(self.past[1], self.parents, v)
         x = dispatch_attention_fn(
             q, k, v, attn_mask=self.mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -81,6 +81,8 @@ def joined(past: Tensor, parents: Tensor | None, new: Tensor) -> Tensor:
     """The tokens of past[parents] (None: of the past as it is), then those of `new`: [B, L + l, heads, head_dim]."""
     if parents is None:
         return torch.cat((past, new), 1)
+    if torch.compiler.is_compiling():  # which makes one kernel of it
+        return torch.cat((past.index_select(0, parents), new), 1)
     whole = new.new_empty(len(new), past.shape[1] + new.shape[1], *new.shape[2:])
     torch.index_select(past, 0, parents, out=whole[:, : past.shape[1]])  # past[parents] would write it all twice
     whole[:, past.shape[1] :] = new

@@ -15,7 +15,9 @@ from rollout.records import Films, GroupRollout, Replay, on_cpu
 
 
 class RolloutWorker:
-    """policy, weights: of `load_policy`. source: makes the prompt source in the worker's own process."""
+    """policy, weights: of `load_policy`. source: makes the prompt source in the worker's own process. compile: the
+    transformer's blocks, by torch.compile, for any number of rows and frames: minutes once, and a compiler is needed.
+    """
 
     def __init__(
         self,
@@ -24,9 +26,12 @@ class RolloutWorker:
         settings: RolloutSettings,
         source: Callable[[], PromptSource],
         seed: int,
+        compile: bool = False,
     ) -> None:
         self.policy = load_policy(policy, weights).to("cuda" if torch.cuda.is_available() else "cpu")
         self.policy.net.requires_grad_(False)
+        if compile:
+            self.policy.net.model.compile_repeated_blocks(dynamic=True)
         self.groups = GroupSampler(self.policy, settings)
         self.source, self.settings, self.seed = source(), settings, seed
         self.version = 0

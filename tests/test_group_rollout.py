@@ -203,6 +203,39 @@ def test_a_worker_rolls_out_the_prompts_of_its_source_with_the_weights_it_is_ask
     np.testing.assert_array_equal(films.truths[1], WORLD.truth(alone.prompts[0]))
 
 
+def test_the_videos_that_a_prompt_needs_no_more_are_not_generated():
+    early = rolled(settings("video"), plan=lambda plan: replace(plan, selected=((1, 0),)))
+    late = rolled(settings("video"), plan=lambda plan: replace(plan, selected=((4, 1),)))
+    assert [r.history.shape[2] for r in early[3]] == [1, 1] and [r.history.shape[2] for r in late[3]] == [7, 7]
+    mixed = iter((((1, 0),), ((4, 1),)))
+    _, _, groups, replays = rolled(settings("video"), plan=lambda plan: replace(plan, selected=next(mixed)))
+    assert [r.history.shape[2] for r in replays] == [1, 7]
+    assert apart(groups[0].members, early[2][0].members) <= 1 and apart(groups[1].members, late[2][1].members) <= 1
+
+
+@torch.no_grad()
+def test_forks_read_the_cache_of_their_parents():
+    policy, some = tiny_policy(), prompts(2)
+    sampler = Sampler(policy)
+    stream, _ = sampler.begin(some)
+    x, parents = torch.randn(5, 8, 2, 4, 4), torch.tensor([1, 0, 0, 1, 1])
+    control = sampler.control(stream)[parents]
+    v = sampler.forked_velocity(stream, x, control, 0.5, parents)
+    assert difference(v, sampler.velocity(stream.rows(parents), x, 0.5)) < 1e-6
+    assert difference(v, sampler.forked_velocity(stream, x, control, 0.5, parents.flip(0) * 0)) > 1e-3
+
+
+@pytest.mark.slow
+def test_compiled_blocks_roll_out_the_same_without_a_break_in_their_graph():
+    some, chosen = prompts(2), settings("trunk")
+    made, policy = plans(some, "trunk"), tiny_policy()
+    _, plain = GroupSampler(policy, chosen).rollout(some, made, 0)
+    policy.net.model.compile_repeated_blocks(dynamic=True, fullgraph=True, backend="aot_eager")
+    _, compiled = GroupSampler(policy, chosen).rollout(some, made, 0)
+    for a, b in zip((a for r in plain for a in r.actions), (a for r in compiled for a in r.actions)):
+        assert difference(a.coordinates, b.coordinates) < 1e-4 and difference(a.x, b.x) < 1e-5
+
+
 def test_settings_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match=r"rollout.explore='pink' is none of tangent, coarse, white"):
         settings(explore="pink")
