@@ -16,7 +16,7 @@ from policy.lora import LoraSettings
 from policy.policy import PolicySource, Settings
 from policy.transition import KERNELS, Kernel
 from policy.wan import WanSettings
-from rl.advantage import TermWeight
+from rl.advantage import STDS, TermWeight
 from rl.fleet import Fleet, FleetSpec, fetch, make_fleet
 from rl.judges import Judges
 from rl.learner import Learner, LearnerSettings
@@ -68,6 +68,16 @@ def validate(c: TrainConfig) -> Settings:
             f"learner.decay_iterations={l.decay_iterations} must be at least 1, or null for a constant rate",
         ),
         (0 <= l.ema < 1, f"learner.ema={l.ema} must lie in [0, 1)"),
+        (
+            l.kl_target is None or (l.kl_target > 0 and l.beta > 0),
+            f"learner.kl_target={l.kl_target} (null: beta stays) must be above 0, and learner.beta={l.beta} too",
+        ),
+        (l.advantage_std in STDS, f"learner.advantage_std={l.advantage_std} is none of {', '.join(STDS)}"),
+        (
+            l.best_and_worst is None or 1 <= l.best_and_worst <= r.group_size // 2,
+            f"learner.best_and_worst={l.best_and_worst} (null: all learn) must lie in 1..{r.group_size // 2}, half of "
+            "rollout.group_size",
+        ),
         (
             any(t.role == "train" for t in terms.values()),
             "rewards: no term has role: train, nothing would be learnt",
@@ -138,6 +148,8 @@ def loop_settings(c: TrainConfig) -> LoopSettings:
         permute=c.learner.permute_advantages,
         checkpoint_every=c.train.checkpoint_every,
         evaluate_every=c.evaluate.every,
+        advantage_std=c.learner.advantage_std,
+        best_and_worst=c.learner.best_and_worst,
     )
 
 

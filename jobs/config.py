@@ -112,13 +112,17 @@ class LearnerConfig:
     weight_decay: float
     grad_clip: float
     beta: float
+    kl_target: float | None
     clip: float
+    ratio_norm: bool
     ema: float
     equalise_steps: bool
     micro_batch: int
     updates_per_rollout: int
     reward_to_go: bool
     advantage_clip: float
+    advantage_std: str
+    best_and_worst: int | None
     permute_advantages: bool
     ranks: int
     zero_stage: int

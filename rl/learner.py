@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,17 +20,22 @@ from policy.causal import freeze
 from policy.policy import PolicySource, load_policy
 from policy.transition import Kernel
 from rl.advantage import Advantages
-from rl.objective import clipped_ratio_loss, gradient_scale, velocity_divergence
+from rl.objective import adapt_beta, clipped_ratio_loss, gradient_scale, ratio_norm, spread, velocity_divergence
 from rl.weights import Weights, pack
 from rollout.records import Replay
 from rollout.replay import ReplayBatch, batches
+
+AVERAGED = "learner/averaged.safetensors"
+"""The averaged weights in float32, in checkpoints of a policy of bfloat16."""
 
 
 @dataclass(frozen=True)
 class LearnerSettings:
     """lr: falls linearly from this to 0 at `decay_iterations` (None: constant), so that the last steps settle.
 
-    beta: weight of the divergence from the reference. clip: of the ratio. ema: decay of the averaged weights (0: none).
+    beta: weight of the divergence from the reference (0: there is no reference, and no divergence is known). kl_target:
+    divergence that `adapt_beta` steers to, from beta on (None: beta stays). clip: of the ratio. ratio_norm: clip the
+    normalised ratio in place of the plain one. ema: decay of the averaged weights (0: none).
     eps: of Adam; weights whose gradient is rounding alone (key biases) must not move by the learning rate.
     equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass.
     updates_per_rollout: optimizer steps on one batch. freeze: patterns (`*`, `?`, of diffusers' names) of weights that
@@ -42,7 +49,9 @@ class LearnerSettings:
     weight_decay: float
     grad_clip: float
     beta: float
+    kl_target: float | None
     clip: float
+    ratio_norm: bool
     ema: float
     equalise_steps: bool
     micro_batch: int
@@ -70,6 +79,26 @@ def deepspeed_config(settings: LearnerSettings, ranks: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A batch of replays under the policy that the update began with: v [A, C, f, h, w], logp [A, M]; and the
+    reference's velocity.
+    """
+
+    v: Tensor
+    logp: Tensor
+    reference: Tensor | None
+
+
+def credit_of(batch: ReplayBatch, advantages: Advantages) -> Tensor:
+    """Advantages of the batch's actions, [A, M]; 0 where the group was not scored."""
+    rows = []
+    for action in batch.actions:
+        group, members = advantages.get(action.group_id, {}).get(action.block), list(action.members)
+        rows.append(np.zeros(len(members), np.float32) if group is None else group[members])
+    return torch.from_numpy(np.stack(rows))
+
+
 class Learner:
     """Rank `rank` of `ranks`. Call `join` on all ranks at once before anything else."""
 
@@ -78,7 +107,7 @@ class Learner:
     ) -> None:
         self.kernel, self.settings, self.ranks = kernel, settings, ranks
         self.policy = load_policy(policy, weights)
-        self.version = 0
+        self.version, self.beta = 0, settings.beta
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 will listen."""
@@ -111,12 +140,31 @@ class Learner:
                 "nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=5)
             )
         net, s = self.policy.net, self.settings
-        self.reference = self.policy.reference().to("cuda" if gpu else "cpu")
+        self.reference = self.policy.reference().to("cuda" if gpu else "cpu") if s.beta else None
         freeze(net.model, s.freeze)
-        trained = [p for p in net.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
-        self.engine = deepspeed.initialize(model=net, optimizer=optimizer, config=deepspeed_config(s, self.ranks))[0]
-        self.averaged = {name: p.detach().clone() for name, p in self.policy.state_dict().items()}
+        config = deepspeed_config(s, self.ranks)
+        self.engine = deepspeed.initialize(model=net, optimizer=self._optimizer(), config=config)[0]
+        self.averaged = {name: self._wide(p).clone() for name, p in self.policy.state_dict().items()}
+
+    def _optimizer(self) -> Callable[..., torch.optim.Optimizer]:
+        """Makes AdamW after the engine has cast the weights: those that diffusers keeps in float32 in a policy of
+        bfloat16 get their own values back, else the policy that learns is not the one that rolls out.
+        """
+        s, net = self.settings, self.policy.net
+        names = {*net.model._keep_in_fp32_modules} if s.bf16 and s.zero_stage < 3 else set()  # ZeRO-3 shards one type
+        kept = {p: p.data for name, p in net.named_parameters() if names & {*name.split(".")}}
+
+        def make(_: Any) -> torch.optim.Optimizer:
+            for p, own in kept.items():
+                p.data = own.to(p.device, torch.float32)
+            groups: dict[torch.dtype, list[Tensor]] = {}  # the engine flattens a group, so it must be of one type
+            for p in net.parameters():
+                if p.requires_grad:
+                    groups.setdefault(p.dtype, []).append(p)
+            params = [{"params": group} for group in groups.values()]
+            return torch.optim.AdamW(params, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
+
+        return make
 
     def update(self, replays: Sequence[Sequence[Replay]], advantages: Advantages) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps on this rank's replays (chunks as the workers made them).
@@ -125,53 +173,60 @@ class Learner:
         rollout's by more than `ratio_tolerance` before the first update: rollout and learner then do not run the same
         policy.
         """
+        s = self.settings
         flat = [replay for chunk in replays for replay in chunk]
-        work = [ReplayBatch(tuple(flat[i] for i in indices)) for indices in batches(flat, self.settings.micro_batch)]
+        work = [ReplayBatch(tuple(flat[i] for i in indices)) for indices in batches(flat, s.micro_batch)]
         total = sum(len(replay.actions) for replay in flat)
-        old: list[list[Tensor]] = []
+        before: list[Evaluation] = []
         stats = {"lr": self._set_lr()}
-        for epoch in range(self.settings.updates_per_rollout):
-            sums = torch.zeros(4)
-            deviations: list[Tensor] = []
+        for epoch in range(s.updates_per_rollout):
+            sums, deviations = torch.zeros(4), []
             for i, batch in enumerate(work):
                 v = batch.velocity(self.policy, self.engine)
                 logp = batch.log_probs(self.kernel, v)
                 if epoch == 0:
-                    old.append([lp.detach() for lp in logp])
-                    deviations += [((a - b).exp() - 1).abs().max() for a, b in zip(old[i], batch.rollout_log_probs())]
-                with torch.no_grad():
-                    v_ref = batch.velocity(self.policy, self.reference)
-                loss, parts = self._loss(batch, v, v_ref, logp, old[i], advantages)
+                    before.append(Evaluation(v.detach(), logp.detach(), self._reference_velocity(batch)))
+                    deviations.append(((before[i].logp - batch.rollout_log_probs()).exp() - 1).abs().max())
+                loss, parts = self._loss(batch, v, logp, before[i], advantages)
                 sums += parts
-                self.engine.set_gradient_accumulation_boundary(i == len(work) - 1)
+                last = i == len(work) - 1
+                self.engine.set_gradient_accumulation_boundary(last)
                 self.engine.backward(loss / total)
-                if i == len(work) - 1:
-                    if epoch == 0:
-                        stats["ratio_deviation"] = self._check(deviations)
+                if last and epoch == 0:
+                    stats["ratio_deviation"] = self._check(deviations)
+                if last and not s.zero_stage:  # with it the engine shards gradients and tells their norm after its step
                     stats["grad_norm"] = self._grad_norm()
                 self.engine.step()
+            if s.zero_stage:
+                stats["grad_norm"] = float(self.engine.get_global_grad_norm())
             self._average()
             stats |= dict(zip(("policy_loss", "kl", "clip_fraction", "ratio"), (sums / total).tolist()))
+        if s.kl_target:
+            stats["beta"] = self.beta
+            self.beta = adapt_beta(self.beta, self._over_ranks(stats["kl"]), s.kl_target)
         self.version += 1
-        return stats
+        return stats if self.reference else stats | {"kl": math.nan}
 
-    def _loss(self, batch: ReplayBatch, v, v_ref, logp, old, advantages: Advantages) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def _reference_velocity(self, batch: ReplayBatch) -> Tensor | None:
+        return batch.velocity(self.policy, self.reference) if self.reference else None
+
+    def _loss(
+        self, batch: ReplayBatch, v: Tensor, logp: Tensor, before: Evaluation, advantages: Advantages
+    ) -> tuple[Tensor, Tensor]:
         """Sum of the loss over the batch's actions, and the sums of (policy loss, divergence, clip fraction, ratio)."""
-        loss, parts = torch.zeros(()), torch.zeros(4)
-        for j, actions in enumerate(batch.actions):
-            divergence = velocity_divergence(v[j], v_ref[j])
-            for r, action in enumerate(actions):
-                group = advantages.get(action.group_id, {}).get(action.block)
-                scale = gradient_scale(self.kernel, action.s, action.s2) if self.settings.equalise_steps else 1.0
-                if group is None:
-                    own, ratio = torch.zeros(1), torch.ones(1)
-                else:
-                    a = torch.tensor(group[list(action.members)]).to(v[j])
-                    own, ratio = clipped_ratio_loss(logp[j][r], old[j][r], a, self.settings.clip)
-                loss = loss + scale * own.mean() + self.settings.beta * divergence[r]
-                clipped = ((ratio - 1).abs() > self.settings.clip).float().mean()
-                parts += torch.stack((own.mean(), divergence[r], clipped, ratio.mean())).detach().cpu()
-        return loss, parts
+        s, steps = self.settings, [(a.s, a.s2) for a in batch.actions]
+        weight = torch.tensor([gradient_scale(self.kernel, *step) if s.equalise_steps else 1.0 for step in steps])
+        new, old = logp, before.logp
+        if s.ratio_norm:
+            std = torch.tensor([spread(self.kernel, *step) for step in steps])
+            drift = batch.drift(self.kernel, v, before.v)
+            new, old, weight = ratio_norm(logp - old, drift, std[:, None]), torch.zeros_like(old), weight / std
+        own, ratio = clipped_ratio_loss(new, old, credit_of(batch, advantages), s.clip)
+        divergence = torch.zeros(len(v)) if before.reference is None else velocity_divergence(v, before.reference)
+        clipped = ((ratio - 1).abs() > s.clip).float()
+        parts = torch.stack([part.reshape(len(v), -1).mean(1).sum() for part in (own, divergence, clipped, ratio)])
+        return (weight * own.mean(1) + self.beta * divergence).sum(), parts.detach()
 
     def _check(self, deviations: Sequence[Tensor]) -> float:
         deviation = torch.stack(list(deviations)).max().item()  # torch's max, because Python's would hide a NaN
@@ -190,41 +245,53 @@ class Learner:
         return lr
 
     def _grad_norm(self) -> float:
-        """Before clipping, over all ranks. ZeRO shards gradients and knows their norm only after its step: its last
-        one.
-        """
-        if self.settings.zero_stage:
-            return float(self.engine.get_global_grad_norm() or 0.0)
+        """Before clipping."""
         return torch.nn.utils.get_total_norm(
             [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         ).item()
 
+    def _over_ranks(self, value: float) -> float:
+        mean = torch.tensor(value / self.ranks, device=self.policy.device)
+        torch.distributed.all_reduce(mean)
+        return mean.item()
+
+    def _wide(self, p: Tensor) -> Tensor:
+        """A weight as it is averaged: in float32, where the steps of bfloat16 are too coarse for it."""
+        return p.detach().float()
+
     def _average(self) -> None:
         for name, p in self.policy.state_dict().items():
-            self.averaged[name].lerp_(p.detach(), 1 - self.settings.ema)
+            self.averaged[name].lerp_(self._wide(p), 1 - self.settings.ema)
+
+    def _state(self, averaged: bool) -> dict[str, Tensor]:
+        """The present or the averaged weights, in the policy's types."""
+        state = self.policy.state_dict()
+        return {name: self.averaged[name].to(p.dtype) for name, p in state.items()} if averaged else state
 
     def weights(self, averaged: bool = False) -> Weights | None:
         """Rank 0: the present (or averaged) weights; other ranks: None."""
-        state = self.averaged if averaged else self.policy.state_dict()
-        return pack(state, self.version) if self.rank == 0 else None
+        return pack(self._state(averaged), self.version) if self.rank == 0 else None
 
     def save(self, path: str) -> None:
         """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/; all ranks must call."""
         root = Path(path)
-        rng = {"torch": torch.get_rng_state()}
-        self.engine.save_checkpoint(
-            str(root / "learner"), tag="engine", client_state={"version": self.version, "rng": rng}, save_latest=False
-        )
+        client = {"version": self.version, "rng": {"torch": torch.get_rng_state()}, "beta": self.beta}
+        self.engine.save_checkpoint(str(root / "learner"), tag="engine", client_state=client, save_latest=False)
         if self.rank == 0:
-            save_file(self.averaged, root / "policy.safetensors")
+            save_file(self._state(averaged=True), root / "policy.safetensors")
+            if self.settings.bf16:
+                save_file(self.averaged, root / AVERAGED)
 
     def load(self, path: str) -> int:
         """Restores what `save` wrote; returns the version."""
-        root = Path(path)
+        root, s = Path(path), self.settings
         _, client = self.engine.load_checkpoint(str(root / "learner"), tag="engine")
         self.version = client["version"]
         torch.set_rng_state(client["rng"]["torch"])
-        self.averaged = load_file(root / "policy.safetensors")
+        if s.kl_target:
+            self.beta = client["beta"]
+        averaged = root / (AVERAGED if s.bf16 else "policy.safetensors")
+        self.averaged = load_file(averaged, device=str(self.policy.device))
         return self.version
 
     def close(self) -> None:

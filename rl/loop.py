@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rl.advantage import Advantages, TermWeight, advantages, permuted
+from rl.advantage import Advantages, TermWeight, advantages, best_and_worst, permuted
 from rl.fleet import Fleet, FleetError, Task, as_completed, fetch
 from rl.judges import Judges
 from rl.reward_worker import GroupScores
@@ -22,7 +22,8 @@ Metrics = dict[str, float]
 class LoopSettings:
     """prompts_per_task: prompts that one rollout call generates together; it decides rounding, so results do not
     depend on how many workers there are. reward_to_go: a block is credited with all frames from it on, not with its
-    own alone. advantage_clip: of |A|. permute: give advantages to the wrong members (the control that must not
+    own alone. advantage_clip: of |A|. advantage_std: of `normalise`. best_and_worst: how many of each learn in a group
+    (None: all members). permute: give advantages to the wrong members (the control that must not
     improve). evaluate_every: iterations between evaluations; None: none before the end.
     """
 
@@ -35,6 +36,8 @@ class LoopSettings:
     permute: bool
     checkpoint_every: int
     evaluate_every: int | None = None
+    advantage_std: str = "group"
+    best_and_worst: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,17 +137,18 @@ def credit(
     scores: Sequence[GroupScores], terms: Mapping[str, TermWeight], settings: LoopSettings, iteration: int
 ) -> Advantages:
     """Advantages per group and block. A term that failed on a group is NaN there and masked."""
+    asked = [(group, block) for group in scores for block in group.starts]
+    by_term = {
+        name: np.stack([group.block(name, block, settings.reward_to_go) for group, block in asked]) for name in terms
+    }
+    found = advantages(by_term, terms, settings.advantage_clip, settings.advantage_std)
+    if settings.best_and_worst:
+        found = best_and_worst(found, settings.best_and_worst)
     given: dict[str, dict[int, np.ndarray]] = {}
-    for group in scores:
-        blocks = {}
-        for block in group.starts:
-            by_term = {name: group.block(name, block, settings.reward_to_go) for name in terms}
-            blocks[block] = advantages(by_term, terms, settings.advantage_clip)
-            if settings.permute:
-                blocks[block] = permuted(
-                    blocks[block], seed_of(settings.seed, iteration, group.group_id, block, "permute")
-                )
-        given[group.group_id] = blocks
+    for (group, block), own in zip(asked, found):
+        if settings.permute:
+            own = permuted(own, seed_of(settings.seed, iteration, group.group_id, block, "permute"))
+        given.setdefault(group.group_id, {})[block] = own
     return given
 
 

@@ -4,6 +4,8 @@ reference.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ def velocity_divergence(v: Tensor, reference: Tensor) -> Tensor:
     return (v - reference).square().flatten(1).mean(1) / 2
 
 
+@cache
 def gradient_scale(kernel: Kernel, s: float, s2: float) -> float:
     """The weight std / |d mean / d v| that makes every step's log-prob gradient equally long.
 
@@ -36,3 +39,30 @@ def gradient_scale(kernel: Kernel, s: float, s2: float) -> float:
     """
     slope, std = kernel.inside(torch.zeros(1), torch.ones(1), s, s2)
     return std / abs(slope.item())
+
+
+@cache
+def spread(kernel: Kernel, s: float, s2: float) -> float:
+    """Standard deviation of the selected transition, in the exploration subspace."""
+    return kernel.inside(torch.zeros(1), torch.zeros(1), s, s2)[1]
+
+
+def ratio_norm(log_ratio: Tensor, drift: Tensor, std: Tensor) -> Tensor:
+    """std (log rho + |mu - mu_old|^2 / (2 std^2)): RatioNorm of GRPO-Guard, arXiv 2510.22319. [A, M] from log_ratio
+    [A, M], drift (the second summand) [A, 1] and std [A, 1].
+
+    For x = mu_old + std z this is mean(z (mu - mu_old)): its mean over z is 0 and its spread that of the step in mu,
+    where log rho lies below 0 on average and varies with 1 / std, so that a clip meets good members too late. Its
+    gradient no longer has the factor 1 / std; divided by |d mean / d v| (the paper: by dt, an ODE step's) all steps'
+    are equally long again.
+    """
+    return std * (log_ratio + drift)
+
+
+def adapt_beta(beta: float, divergence: float, target: float) -> float:
+    """The next weight of the divergence: larger where the divergence is above its target, smaller below.
+
+    beta' = beta (1 + 0.1 clip(divergence / target - 1, +-0.2)), the proportional controller of Ziegler et al., arXiv
+    1909.08593, sec. 2.2, a smooth form of PPO's doubling and halving, arXiv 1707.06347, sec. 4.
+    """
+    return beta * (1 + 0.1 * min(max(divergence / target - 1, -0.2), 0.2))

@@ -33,7 +33,7 @@ def deviation(policy, kernel, replays, size):
     for indices in batches(replays, size):
         batch = ReplayBatch(tuple(replays[i] for i in indices))
         scored = batch.log_probs(kernel, batch.velocity(policy, policy.net))
-        worst = max(worst, *(((a - b).exp() - 1).abs().max().item() for a, b in zip(scored, batch.rollout_log_probs())))
+        worst = max(worst, ((scored - batch.rollout_log_probs()).exp() - 1).abs().max().item())
     return worst
 
 
@@ -97,8 +97,8 @@ def learnt(policy, groups, replays):
     for replay in replays:
         batch = ReplayBatch((replay,))
         v = batch.velocity(policy, policy.net)
-        v = [out + groups.outputs[a.block, a.step] for out, a in zip(v, replay.actions)]
-        total = total + sum(logp.sum() for logp in batch.log_probs(groups.settings.kernel, v))
+        v = torch.stack([out + groups.outputs[a.block, a.step] for out, a in zip(v, replay.actions)])
+        total = total + batch.log_probs(groups.settings.kernel, v).sum()
     grads = torch.autograd.grad(total, list(groups.outputs.values()), allow_unused=True)
     return {at for at, grad in zip(groups.outputs, grads) if grad is not None and grad.abs().max() > 0}
 
@@ -134,7 +134,7 @@ def gradient(policy, kernel, replays, advantage):
         logp = batch.log_probs(kernel, batch.velocity(policy, policy.net))
         for action, new in zip(replay.actions, logp):
             a = torch.stack([advantage[action.group_id, action.block, m] for m in action.members])
-            total = total + clipped_ratio_loss(new[0], action.logp[0], a, clip=0.1)[0].sum()
+            total = total + clipped_ratio_loss(new, action.logp[0], a, clip=0.1)[0].sum()
     grads = torch.autograd.grad(total, list(policy.net.parameters()), allow_unused=True)
     return torch.cat([g.flatten() for g in grads if g is not None])
 
