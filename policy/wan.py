@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from policy.attention import ATTENTIONS
 from policy.causal import TEXT_TOKENS
 from policy.control import Control
 from policy.files import WeightsError
@@ -33,8 +34,9 @@ class WanSettings:
     frames always seen. features, background, drag_sigma, drag_window: of `WanControl`. base: the folder in diffusers
     layout whose vae/, text_encoder/, tokenizer/ and image_encoder/ are used (None: the policy's own). text_cache:
     folder of text embeddings; text_length: tokens. dtype: of the transformer and the encoders of text and image,
-    codec_dtype: of the autoencoder. gradient_checkpointing: keep one activation per block and compute the rest again.
-    Raises ValueError naming the key.
+    codec_dtype: of the autoencoder. decode_rows: videos that it decodes together (None: all that come together).
+    attention: of the learner's pass, see `CausalWan`. gradient_checkpointing: keep one activation per block and compute
+    the rest again. Raises ValueError naming the key.
     """
 
     height: int
@@ -53,6 +55,8 @@ class WanSettings:
     text_length: int
     dtype: str
     codec_dtype: str
+    decode_rows: int | None
+    attention: str
     gradient_checkpointing: bool
 
     def __post_init__(self) -> None:
@@ -73,6 +77,8 @@ class WanSettings:
             (self.background in BACKGROUNDS, f"background={self.background} is none of {', '.join(BACKGROUNDS)}"),
             (self.dtype in DTYPES, f"dtype={self.dtype} is none of {', '.join(DTYPES)}"),
             (self.codec_dtype in DTYPES, f"codec_dtype={self.codec_dtype} is none of {', '.join(DTYPES)}"),
+            (self.decode_rows is None or self.decode_rows >= 1, f"decode_rows={self.decode_rows} must be 1 or more"),
+            (self.attention in ATTENTIONS, f"attention={self.attention} is none of {', '.join(ATTENTIONS)}"),
         ]
         for holds, message in rules:
             if not holds:
@@ -103,7 +109,7 @@ def read_parts(path: Path, s: WanSettings) -> Parts:
     vae = path / "vae" if (path / "vae").is_dir() else base / "vae"
     if not vae.is_dir():
         raise WeightsError(f"{base} holds no vae/; give policy.wan.base, a folder of Wan2.1 in diffusers layout")
-    codec = read_codec(vae, DTYPES[s.codec_dtype])
+    codec = read_codec(vae, DTYPES[s.codec_dtype], s.decode_rows)
     control = WanControl(codec, s.features, s.background, s.drag_sigma, s.drag_window)
     transformer = read_wan(path, DTYPES[s.dtype], codec.channels + control.channels)
     config = transformer.config
