@@ -23,9 +23,8 @@ import torch
 from policy.policy import DragPolicy
 from policy.text import NoText
 from policy.transition import Kernel
-from policy.wan import DTYPES, WanSettings
+from policy.wan import DTYPES, WAN_1_3B, WanSettings, make_control
 from policy.wan_codec import WanCodec
-from policy.wan_control import WanControl
 from rollout.group import GroupSampler, RolloutSettings
 from rollout.plan import NoisePlan, make_plan
 from rollout.prompts import DragPrompt
@@ -42,7 +41,7 @@ WAN = WanSettings(
     gradient_checkpointing=True,
 )  # fmt: skip
 SHAPES: dict[str, tuple[WanSettings, dict[str, Any], dict[str, Any]]] = {
-    "1.3b": (WAN, {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "in_channels": 36}, {}),
+    "1.3b": (WAN, WAN_1_3B, {}),
     "tiny": (
         replace(WAN, height=32, width=48, frames=21, window=3, text_length=8, dtype="float32", codec_dtype="float32"),
         {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "in_channels": 36,
@@ -59,8 +58,7 @@ def random_policy(shape: str, device: str) -> DragPolicy:
     with torch.device(device):
         model = WanTransformer3DModel(**transformer).to(DTYPES[settings.dtype])
         codec = WanCodec(AutoencoderKLWan(**vae).to(DTYPES[settings.codec_dtype]), settings.decode_rows)
-    control = WanControl(codec, settings.features, settings.background, settings.drag_sigma, settings.drag_window)
-    policy = DragPolicy(settings, model, codec, control, NoText(model.config.text_dim)).to(device)
+    policy = DragPolicy(settings, model, codec, make_control(codec, settings), NoText(model.config.text_dim)).to(device)
     policy.net.enable_gradient_checkpointing()
     return policy
 
