@@ -23,9 +23,8 @@ import torch
 from policy.policy import DragPolicy
 from policy.text import NoText
 from policy.transition import Kernel
-from policy.wan import DTYPES, WanSettings
+from policy.wan import DTYPES, WAN_1_3B, WanSettings, make_control
 from policy.wan_codec import WanCodec
-from policy.wan_control import WanControl
 from rollout.group import GroupSampler, RolloutSettings
 from rollout.plan import NoisePlan, make_plan
 from rollout.prompts import DragPrompt
@@ -38,10 +37,11 @@ ROOT = Path(__file__).resolve().parents[1]
 WAN = WanSettings(
     height=480, width=832, frames=81, block=1, sigmas=(1.0, 0.755, 0.522, 0.0), window=7, sink=1, features="splat",
     background="zeros", drag_sigma=20.0, drag_window=48.0, base=None, text_cache="", text_length=512,
-    dtype="bfloat16", codec_dtype="bfloat16", gradient_checkpointing=True,
+    dtype="bfloat16", codec_dtype="bfloat16", decode_rows=1, attention="auto",
+    gradient_checkpointing=True,
 )  # fmt: skip
 SHAPES: dict[str, tuple[WanSettings, dict[str, Any], dict[str, Any]]] = {
-    "1.3b": (WAN, {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "in_channels": 36}, {}),
+    "1.3b": (WAN, WAN_1_3B, {}),
     "tiny": (
         replace(WAN, height=32, width=48, frames=21, window=3, text_length=8, dtype="float32", codec_dtype="float32"),
         {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "in_channels": 36,
@@ -57,9 +57,8 @@ def random_policy(shape: str, device: str) -> DragPolicy:
     torch.manual_seed(0)
     with torch.device(device):
         model = WanTransformer3DModel(**transformer).to(DTYPES[settings.dtype])
-        codec = WanCodec(AutoencoderKLWan(**vae).to(DTYPES[settings.codec_dtype]))
-    control = WanControl(codec, settings.features, settings.background, settings.drag_sigma, settings.drag_window)
-    policy = DragPolicy(settings, model, codec, control, NoText(model.config.text_dim)).to(device)
+        codec = WanCodec(AutoencoderKLWan(**vae).to(DTYPES[settings.codec_dtype]), settings.decode_rows)
+    policy = DragPolicy(settings, model, codec, make_control(codec, settings), NoText(model.config.text_dim)).to(device)
     policy.net.enable_gradient_checkpointing()
     return policy
 

@@ -38,6 +38,8 @@ class WanConfig:
     text_length: int
     dtype: str
     codec_dtype: str
+    decode_rows: int | None
+    attention: str
     gradient_checkpointing: bool
 
 

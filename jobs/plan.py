@@ -5,45 +5,30 @@ python -m jobs.plan policy=wan_1_3b rollout.group_size=16 gpus=[8,32]
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from jobs.cli import ConfigError, job
-from jobs.config import ClusterConfig, LearnerConfig, RolloutConfig
-from policy.codec import Codec, ConvCodec
+from jobs.config import ClusterConfig, LearnerConfig, PolicyConfig, RolloutConfig, settings_of
+from policy.attention import uses_flex
+from policy.lora import LoraSettings
 from policy.policy import read_settings
-from rl.meta import StreamedWan, codec_cost, meta_transformer, trained_weights
+from policy.wan import DTYPES, WanSettings
+from rl.meta import codec_cost, meta_parts, trained_weights
 from rl.plan import GIB, MOST, CodecCost, Estimate, Gpu, Shape, Work, estimate, total
 from rollout.group import EXPLORES
 from rollout.plan import SELECTS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 @dataclass
-class ShapeConfig:
-    """A policy without its weights; `transformer` as in diffusers' config.json."""
+class PlannedPolicy(PolicyConfig):
+    """path: null = a Wan2.1 of 1.3B that is not there yet."""
 
-    height: int
-    width: int
-    frames: int
-    block: int
-    sigmas: list[float]
-    window: int | None
-    sink: int
-    text_length: int
-    dtype: str
-    gradient_checkpointing: bool
-    attention: str
-    codec: str
-    transformer: dict[str, Any]
+    path: str | None
 
 
 @dataclass
@@ -57,22 +42,14 @@ class GpuConfig:
 
 
 @dataclass
-class LoraConfig:
-    rank: int
-    targets: list[str]
-
-
-@dataclass
 class PlanConfig:
+    policy: PlannedPolicy
     rollout: RolloutConfig
     learner: LearnerConfig
     cluster: ClusterConfig
     gpus: list[int]
     gpu: GpuConfig
     learner_share: float | None
-    lora: LoraConfig
-    policy: dict[str, Any] = field(default_factory=dict)
-    shape: ShapeConfig | None = None
 
 
 @job("plan", PlanConfig)
@@ -97,7 +74,7 @@ def check(c: PlanConfig) -> None:
         (0 < c.gpu.efficiency <= 1, f"gpu.efficiency={c.gpu.efficiency} must lie in (0, 1]"),
         (c.gpu.memory_gib > 0 and c.gpu.tflops > 0, "gpu.memory_gib and gpu.tflops must be above 0"),
         (c.learner_share is None or 0 < c.learner_share < 1, f"learner_share={c.learner_share} must lie in (0, 1)"),
-        (c.lora.rank >= 0, f"lora.rank={c.lora.rank} must be 0 or more"),
+        (c.policy.path or c.policy.wan, "policy.path is null and policy.wan too; give the policy's folder"),
         (c.learner.zero_stage in (0, 1, 2, 3), f"learner.zero_stage={c.learner.zero_stage} must be 0, 1, 2 or 3"),
         (r.select in SELECTS, f"rollout.select={r.select} is none of {', '.join(SELECTS)}"),
         (r.explore in EXPLORES, f"rollout.explore={r.explore} is none of {', '.join(EXPLORES)}"),
@@ -129,23 +106,18 @@ def work_of(c: PlanConfig) -> Work:
 
 
 def shape_of(c: PlanConfig) -> tuple[Shape, CodecCost]:
-    """Of the shape that the configuration describes, else of the policy folder; its weights are not read."""
-    s = c.shape or read_shape(c.policy.get("path"))
-    if s.dtype not in DTYPES:
-        raise ConfigError(f"shape.dtype={s.dtype} is none of {', '.join(DTYPES)}")
-    if s.attention not in ("flex", "dense"):
-        raise ConfigError(f"shape.attention={s.attention} must be flex or dense")
-    dtype = torch.bfloat16 if c.learner.bf16 else DTYPES[s.dtype]
-    codec, stride, temporal_stride = meta_codec(s, dtype)
-    latent = s.height // stride, s.width // stride
-    model = meta_transformer(s.transformer)
+    """Of the policy that `jobs.train` would load; of its files the weights are not read."""
+    s = settings_of(WanSettings, c.policy.wan) if c.policy.wan else read_settings(c.policy.path)
+    lora = settings_of(LoraSettings, c.policy.lora) if c.policy.lora.rank else None
+    wan = s if isinstance(s, WanSettings) else None
+    model, codec = meta_parts(c.policy.path, s)
+    dtype = torch.bfloat16 if c.learner.bf16 else DTYPES[wan.dtype] if wan else torch.float32
     count = sum(p.numel() for p in model.parameters())
-    trained, full, lora_inputs = trained_weights(model, c.learner.freeze, c.lora.rank, c.lora.targets)
+    trained, full, lora_inputs = trained_weights(model, c.learner.freeze, lora)
+    height, width = s.size if isinstance(s.size, tuple) else (s.size, s.size)
+    latent = height // codec.spatial_stride, width // codec.spatial_stride
     t = model.config
     patch = math.prod(t.patch_size)
-    blocks, rest = divmod(s.frames - 1, temporal_stride * s.block)
-    if rest or blocks < 1:
-        raise ConfigError(f"shape.frames={s.frames} must be 1 and a multiple of {temporal_stride * s.block}")
     shape = Shape(
         layers=t.num_layers,
         width=t.num_attention_heads * t.attention_head_dim,
@@ -155,8 +127,8 @@ def shape_of(c: PlanConfig) -> tuple[Shape, CodecCost]:
         inputs=t.in_channels * patch,
         outputs=t.out_channels * patch,
         tokens=math.prod(latent) // patch,
-        text_tokens=s.text_length,
-        sizes=(1, *[s.block] * blocks),
+        text_tokens=wan.text_length if wan else 1,
+        sizes=s.sizes,
         steps=len(s.sigmas) - 1,
         window=s.window,
         sink=s.sink,
@@ -165,42 +137,10 @@ def shape_of(c: PlanConfig) -> tuple[Shape, CodecCost]:
         full=full,
         lora_inputs=lora_inputs,
         bytes=dtype.itemsize,
-        checkpointing=s.gradient_checkpointing,
-        flex=s.attention == "flex",
+        checkpointing=wan is not None and wan.gradient_checkpointing,
+        flex=wan is not None and uses_flex(wan.attention, torch.device("cuda"), t.attention_head_dim),
     )
-    return shape, codec_cost(codec, torch.empty(1, codec.channels, s.block, *latent, dtype=dtype, device="meta"))
-
-
-def read_shape(path: str | None) -> ShapeConfig:
-    if path is None:
-        raise ConfigError("policy names neither a shape in conf/plan/ nor a folder in policy.path; give one of them")
-    settings = read_settings(path)
-    return ShapeConfig(
-        height=settings.size,
-        width=settings.size,
-        frames=settings.frames,
-        block=settings.block,
-        sigmas=list(settings.sigmas),
-        window=settings.window,
-        sink=settings.sink,
-        text_length=1,
-        dtype="float32",
-        gradient_checkpointing=False,
-        attention="dense",
-        codec=f"conv {settings.codec_channels} {settings.codec_width}",
-        transformer=json.loads((Path(path) / "transformer/config.json").read_text()),
-    )
-
-
-def meta_codec(s: ShapeConfig, dtype: torch.dtype) -> tuple[Codec, int, int]:
-    """The codec without memory, its stride and its temporal stride."""
-    kind, *sizes = s.codec.split()
-    with torch.device("meta"):
-        if kind == "conv":
-            return ConvCodec(*(int(size) for size in sizes)).eval(), ConvCodec.spatial_stride, 1
-        if kind == "wan":
-            return StreamedWan(dtype), 8, 4
-    raise ConfigError(f"shape.codec={s.codec} must be wan, or conv with its channels and width")
+    return shape, codec_cost(codec, torch.empty(1, codec.channels, s.block, *latent, device="meta"))
 
 
 def table(s: Shape, work: Work, gpu: GpuConfig, estimates: list[Estimate]) -> Table:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from torchvision_cpu import ensure_torchvision
 
@@ -15,6 +16,11 @@ ensure_torchvision()
 from diffusers.models.attention_dispatch import dispatch_attention_fn  # noqa: E402
 
 KeyValue = tuple[Tensor, Tensor]
+ATTENTIONS = ("auto", "flex", "dense")
+FLEX_LEAST = 16  # the smallest head_dim of flex_attention's kernels
+
+# Without compilation both would write out all pairs of tokens. Nothing is compiled before the first call.
+compiled_attention, compiled_mask = torch.compile(flex_attention), torch.compile(create_block_mask)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class StreamAttention:
 
     def __init__(self) -> None:
         self.rotary: KeyValue | None = None
-        self.mask: Tensor | None = None
+        self.mask: Tensor | BlockMask | None = None
         self.past: KeyValue | None = None
         self.parents: Tensor | None = None
         self.keep, self.fresh = False, None
@@ -71,9 +77,13 @@ class StreamAttention:
         self.fresh = (k, v) if self.keep else None
         if self.past is not None:
             k, v = joined(self.past[0], self.parents, k), joined(self.past[1], self.parents, v)
-        x = dispatch_attention_fn(
-            q, k, v, attn_mask=self.mask, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
+        if isinstance(self.mask, BlockMask):
+            attend = compiled_attention if q.is_cuda else flex_attention
+            x = attend(*(part.transpose(1, 2) for part in (q, k, v)), block_mask=self.mask).transpose(1, 2)
+        else:
+            x = dispatch_attention_fn(
+                q, k, v, attn_mask=self.mask, backend=self._attention_backend, parallel_config=self._parallel_config
+            )
         return attn.to_out[1](attn.to_out[0](x.flatten(2, 3).type_as(q)))
 
 
@@ -104,6 +114,35 @@ def visible_from(keys: Tensor, end: Tensor, window: int | None, sink: int) -> Te
     if window is not None:
         seen = seen & ((keys < sink) | (keys >= end - (window - sink)))
     return seen
+
+
+def uses_flex(attention: str, device: torch.device, head_dim: int) -> bool:
+    """Whether masks are those of `flex_attention`; auto: on CUDA, where it is compiled, for heads that it can take."""
+    return attention == "flex" or (attention == "auto" and device.type == "cuda" and head_dim >= FLEX_LEAST)
+
+
+def token_mask(frames: Tensor, tokens: int) -> Callable[[Tensor | None, Tensor | None, Tensor, Tensor], Tensor]:
+    """The mask_mod of frames bool [F, F] with `tokens` tokens each: may a query token see a key token? Indices of
+    tokens.
+    """
+
+    def visible(batch: Tensor | None, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        return frames[query // tokens, key // tokens]
+
+    return visible
+
+
+def dense_mask(frames: Tensor, tokens: int) -> Tensor:
+    """`token_mask` of all pairs: bool [1, 1, L, L] on the device of `frames`."""
+    at = torch.arange(len(frames) * tokens, device=frames.device)
+    return token_mask(frames, tokens)(None, None, at[:, None], at)[None, None]
+
+
+def block_mask(frames: Tensor, tokens: int) -> BlockMask:
+    """`token_mask` as flex_attention takes it, on the device of `frames`; L need not be a multiple of its blocks."""
+    create = compiled_mask if frames.is_cuda else create_block_mask
+    length = len(frames) * tokens
+    return create(token_mask(frames, tokens), None, None, length, length, device=str(frames.device))
 
 
 def block_bounds(sizes: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ Inputs and velocities are float32 whatever the dtype of the weights; keys and va
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -23,23 +24,45 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from policy.attention import KVCache, StreamAttention, causal_mask, packed_mask, visible_from
+from policy.attention import (
+    ATTENTIONS,
+    BlockMask,
+    KVCache,
+    StreamAttention,
+    block_mask,
+    causal_mask,
+    dense_mask,
+    packed_mask,
+    uses_flex,
+    visible_from,
+)
 
 from diffusers import WanTransformer3DModel  # isort: skip  (after policy.attention has readied torchvision)
 
 
 class CausalWan(nn.Module):
     """window: latent frames that a block sees, itself and the sink included (None: all). sink: first frames always
-    seen.
+    seen. least: frames of the smallest block after the first; the cache keeps what such a one may see. attention: of
+    full() and packed(): dense masks, `flex_attention`, or auto (`uses_flex`). ValueError for another.
     """
 
-    def __init__(self, model: WanTransformer3DModel, window: int | None = None, sink: int = 0) -> None:
+    def __init__(
+        self,
+        model: WanTransformer3DModel,
+        window: int | None = None,
+        sink: int = 0,
+        least: int = 1,
+        attention: str = "dense",
+    ) -> None:
         super().__init__()
-        self.model, self.window, self.sink = model, window, sink
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention={attention} is none of {', '.join(ATTENTIONS)}")
+        self.model, self.window, self.sink, self.least, self.attention = model, window, sink, least, attention
         self.processors = [StreamAttention() for _ in model.blocks]
         for layer, processor in zip(model.blocks, self.processors):
             layer.attn1.set_processor(processor)
-        self._masks = lru_cache(maxsize=32)(self._packed_mask)
+        self._frame_mask = lru_cache(maxsize=32)(self._make_frame_mask)
+        self._block_mask = lru_cache(maxsize=32)(self._make_block_mask)
 
     def block(
         self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache, parents: Tensor | None = None
@@ -51,21 +74,26 @@ class CausalWan(nn.Module):
         return self._stream(x, t, text, cache, parents=parents)[0]
 
     def append(self, x: Tensor, text: Tensor, cache: KVCache) -> KVCache:
-        """The context pass: the cache after clean block x [B, channels, f, h, w], evicted to the window."""
-        _, fresh, past, seen = self._stream(x, 0.0, text, cache, keep=True)
-        layers = tuple(
-            (torch.cat((p[0], k), 1), torch.cat((p[1], v), 1)) if p is not None else (k, v)
-            for p, (k, v) in zip(past, fresh)
-        )
-        end = cache.next_frame + x.shape[2]
-        return KVCache(layers, (*seen, *range(cache.next_frame, end)), end)
+        """The context pass: the cache after clean block x [B, channels, f, h, w], which holds what the next may see."""
+        _, fresh = self._stream(x, 0.0, text, cache, keep=True)
+        end, tokens = cache.next_frame + x.shape[2], math.prod(self._grid(x))
+        frames = (*cache.frames, *range(cache.next_frame, end))
+        kept = visible_from(torch.tensor(frames), torch.tensor(end + self.least), self.window, self.sink)
+        index = None if kept.all() else kept.repeat_interleave(tokens).nonzero()[:, 0].to(x.device)
+
+        def grown(past: Tensor | None, new: Tensor) -> Tensor:
+            whole = new if past is None else torch.cat((past, new), 1)
+            return whole if index is None else whole[:, index]
+
+        past = cache.layers or [(None, None)] * len(fresh)
+        layers = tuple((grown(pk, k), grown(pv, v)) for (pk, pv), (k, v) in zip(past, fresh))
+        return KVCache(layers, tuple(f for f, keep in zip(frames, kept.tolist()) if keep), end)
 
     def full(self, x: Tensor, t: Tensor, text: Tensor, sizes: Sequence[int]) -> Tensor:
         """Velocity of all frames, block-causal. x [B, channels, F, h, w]; t [B, F] in 0..1000; sizes: frames per
         block.
         """
-        mask = causal_mask(sizes, self.window, self.sink)
-        return self._whole(x, t, text, mask, torch.arange(x.shape[2]))
+        return self._whole(x, t, text, tuple(sizes), (), x.shape[2])
 
     def packed(
         self, clean: Tensor, noisy: Tensor, t: Tensor, text: Tensor, sizes: Sequence[int], blocks: Sequence[int]
@@ -77,28 +105,40 @@ class CausalWan(nn.Module):
         block. Returns [B, out_channels, n, h, w].
         """
         known = clean.shape[2]
-        mask, ids = self._masks(tuple(sizes), tuple(blocks), known)
         t = torch.cat((t.new_zeros(t.shape[0], known), t), 1)
-        return self._whole(torch.cat((clean, noisy), 2), t, text, mask, ids)[:, :, known:]
+        return self._whole(torch.cat((clean, noisy), 2), t, text, tuple(sizes), tuple(blocks), known)[:, :, known:]
 
     forward = packed
 
-    def _packed_mask(self, sizes: tuple[int, ...], blocks: tuple[int, ...], known: int) -> tuple[Tensor, Tensor]:
-        return packed_mask(sizes, blocks, known, self.window, self.sink)
-
-    def _whole(self, x: Tensor, t: Tensor, text: Tensor, frame_mask: Tensor, ids: Tensor) -> Tensor:
+    def _whole(self, x: Tensor, t: Tensor, text: Tensor, *signature) -> Tensor:
+        """One pass over all frames x; signature: of `_make_frame_mask`."""
         rows, columns = self._grid(x)
-        tokens = rows * columns
-        mask = frame_mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)[None, None].to(x.device)
+        tokens, (frames, ids) = rows * columns, self._frame_mask(*signature)
+        if uses_flex(self.attention, x.device, self.model.config.attention_head_dim):
+            mask = self._block_mask(signature, tokens, x.device)
+        else:
+            mask = dense_mask(frames.to(x.device), tokens)
         with self._installed(self._rotary(ids, rows, columns), mask):
             return self._velocity(x, t.repeat_interleave(tokens, 1), text)
 
+    def _make_frame_mask(self, sizes: tuple[int, ...], blocks: tuple[int, ...], known: int) -> tuple[Tensor, Tensor]:
+        """Which frames see which, and their ids; without noisy `blocks` the whole video is clean."""
+        if blocks:
+            return packed_mask(sizes, blocks, known, self.window, self.sink)
+        return causal_mask(sizes, self.window, self.sink), torch.arange(known)
+
+    def _make_block_mask(self, signature: tuple, tokens: int, device: torch.device) -> BlockMask:
+        return block_mask(self._frame_mask(*signature)[0].to(device), tokens)
+
     def _stream(self, x: Tensor, t: Tensor | float, text: Tensor, cache: KVCache, keep: bool = False, parents=None):
+        """The velocity, and what the processors kept."""
         rows, columns = self._grid(x)
         end = cache.next_frame + x.shape[2]
+        if self.window is not None and cache.frames and x.shape[2] < self.least:
+            raise ValueError(f"a block of {x.shape[2]} frames, but the cache was kept for {self.least} and more")
         seen = visible_from(torch.tensor(cache.frames), torch.tensor(end), self.window, self.sink)
-        past = list(cache.layers) or [None] * len(self.processors)
-        if not seen.all():
+        past = list(cache.layers)
+        if not seen.all():  # a larger block than the cache was kept for sees less
             index = seen.repeat_interleave(rows * columns).nonzero()[:, 0].to(x.device)
             past = [(k[:, index], v[:, index]) for k, v in past]
         t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(x.shape[0])
@@ -106,8 +146,7 @@ class CausalWan(nn.Module):
             self._rotary(torch.arange(cache.next_frame, end), rows, columns), None, past, keep, parents
         ):
             v = self._velocity(x, t, text)
-            fresh = [processor.fresh for processor in self.processors]
-        return v, fresh, past, [f for f, kept in zip(cache.frames, seen.tolist()) if kept]
+            return v, [processor.fresh for processor in self.processors]
 
     def _velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         dtype, image = self.model.proj_out.weight.dtype, None
@@ -137,7 +176,14 @@ class CausalWan(nn.Module):
         self.model.enable_gradient_checkpointing(recomputed)
 
     @contextmanager
-    def _installed(self, rotary, mask: Tensor | None, past: Sequence | None = None, keep: bool = False, parents=None):
+    def _installed(
+        self,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None,
+        past: Sequence | None = None,
+        keep: bool = False,
+        parents: Tensor | None = None,
+    ):
         for i, processor in enumerate(self.processors):
             processor.rotary, processor.mask, processor.past = rotary, mask, past[i] if past else None
             processor.keep, processor.parents = keep, parents

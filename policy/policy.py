@@ -99,7 +99,8 @@ class DragPolicy:
         if sum(settings.sizes) > positions:
             raise ValueError(f"frames={settings.frames} make more latent frames than the transformer's {positions}")
         self.settings, self.codec, self.lora = settings, codec.eval().requires_grad_(False), None
-        self.net = CausalWan(transformer, settings.window, settings.sink)
+        attention = settings.attention if isinstance(settings, WanSettings) else "dense"
+        self.net = CausalWan(transformer, settings.window, settings.sink, settings.block, attention)
         self.control = control or MovedWindowControl(codec, settings.drag_window, settings.drag_sigma)
         self.texts, self.images = texts or NoText(transformer.config.text_dim), images
 
@@ -159,7 +160,8 @@ class DragPolicy:
         """`net` as it is now, for good: a copy, or the same weights without their adapters."""
         if self.lora:
             return WithoutAdapter(self.net)
-        return CausalWan(copy.deepcopy(self.net.model), self.net.window, self.net.sink).requires_grad_(False)
+        net, model = self.net, copy.deepcopy(self.net.model)
+        return CausalWan(model, net.window, net.sink, net.least, net.attention).requires_grad_(False)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained weights under diffusers' own names; with LoRA the adapters under PEFT's."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from policy.attention import ATTENTIONS
 from policy.causal import TEXT_TOKENS
 from policy.control import Control
 from policy.files import WeightsError
@@ -19,6 +20,12 @@ from policy.wan_image import WanImage
 from policy.wan_text import WanText
 
 from diffusers import WanTransformer3DModel  # isort: skip  (after policy.wan_codec has readied torchvision)
+
+WAN_1_3B = {
+    "num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960, "text_dim": 4096,
+    "freq_dim": 256, "in_channels": 36, "out_channels": 16,
+}  # fmt: skip
+"""config.json of Wan2.1 T2V 1.3B with the control channels: noise 16, heat maps 4, features of the first frame 16."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STRIDE, TEMPORAL_STRIDE, PATCH = 8, 4, 2
@@ -33,8 +40,9 @@ class WanSettings:
     frames always seen. features, background, drag_sigma, drag_window: of `WanControl`. base: the folder in diffusers
     layout whose vae/, text_encoder/, tokenizer/ and image_encoder/ are used (None: the policy's own). text_cache:
     folder of text embeddings; text_length: tokens. dtype: of the transformer and the encoders of text and image,
-    codec_dtype: of the autoencoder. gradient_checkpointing: keep one activation per block and compute the rest again.
-    Raises ValueError naming the key.
+    codec_dtype: of the autoencoder. decode_rows: videos that it decodes together (None: all that come together).
+    attention: of the learner's pass, see `CausalWan`. gradient_checkpointing: keep one activation per block and compute
+    the rest again. Raises ValueError naming the key.
     """
 
     height: int
@@ -53,6 +61,8 @@ class WanSettings:
     text_length: int
     dtype: str
     codec_dtype: str
+    decode_rows: int | None
+    attention: str
     gradient_checkpointing: bool
 
     def __post_init__(self) -> None:
@@ -73,6 +83,8 @@ class WanSettings:
             (self.background in BACKGROUNDS, f"background={self.background} is none of {', '.join(BACKGROUNDS)}"),
             (self.dtype in DTYPES, f"dtype={self.dtype} is none of {', '.join(DTYPES)}"),
             (self.codec_dtype in DTYPES, f"codec_dtype={self.codec_dtype} is none of {', '.join(DTYPES)}"),
+            (self.decode_rows is None or self.decode_rows >= 1, f"decode_rows={self.decode_rows} must be 1 or more"),
+            (self.attention in ATTENTIONS, f"attention={self.attention} is none of {', '.join(ATTENTIONS)}"),
         ]
         for holds, message in rules:
             if not holds:
@@ -99,12 +111,9 @@ def read_parts(path: Path, s: WanSettings) -> Parts:
     the control channels, zero-initialised; an I2V one of 36 channels is taken as it is. Raises WeightsError naming
     what is missing, damaged, or does not go together.
     """
-    base = Path(s.base or path)
-    vae = path / "vae" if (path / "vae").is_dir() else base / "vae"
-    if not vae.is_dir():
-        raise WeightsError(f"{base} holds no vae/; give policy.wan.base, a folder of Wan2.1 in diffusers layout")
-    codec = read_codec(vae, DTYPES[s.codec_dtype])
-    control = WanControl(codec, s.features, s.background, s.drag_sigma, s.drag_window)
+    base, vae = Path(s.base or path), vae_folder(path, s)
+    codec = read_codec(vae, DTYPES[s.codec_dtype], s.decode_rows)
+    control = make_control(codec, s)
     transformer = read_wan(path, DTYPES[s.dtype], codec.channels + control.channels)
     config = transformer.config
     if config.out_channels != codec.channels:
@@ -115,6 +124,19 @@ def read_parts(path: Path, s: WanSettings) -> Parts:
         raise WeightsError(f"{path} reads an image too; give policy.wan.text_length={TEXT_TOKENS}")
     images = None if config.image_dim is None else WanImage(base, DTYPES[s.dtype])
     return transformer, codec, control, read_texts(path, s, config.text_dim), images
+
+
+def vae_folder(path: Path, s: WanSettings) -> Path:
+    """Where the autoencoder is; WeightsError where there is none."""
+    base = Path(s.base or path)
+    vae = path / "vae" if (path / "vae").is_dir() else base / "vae"
+    if not vae.is_dir():
+        raise WeightsError(f"{base} holds no vae/; give policy.wan.base, a folder of Wan2.1 in diffusers layout")
+    return vae
+
+
+def make_control(codec: WanCodec, s: WanSettings) -> WanControl:
+    return WanControl(codec, s.features, s.background, s.drag_sigma, s.drag_window)
 
 
 def read_texts(path: str | Path, s: WanSettings, dim: int | None = None, device: str = "cpu") -> WanText:

@@ -25,10 +25,13 @@ class WanCodec(nn.Module):
 
     The first video frame makes one latent frame and each further latent frame holds `temporal_stride` = 4 of them.
     Pixels and latents are float32 whatever the dtype of the weights. No tiling: its seams would move with the drag.
+    decode_rows: rows of a batch that are decoded together, None: all; the rest of a batch waits, as decoding takes
+    more memory than what it remembers.
     """
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: AutoencoderKLWan, decode_rows: int | None = None) -> None:
         super().__init__()
+        self.decode_rows = decode_rows
         config = vae.config
         self.vae, self.channels = vae.eval(), config.z_dim
         self.spatial_stride, self.temporal_stride = config.scale_factor_spatial, config.scale_factor_temporal
@@ -58,6 +61,21 @@ class WanCodec(nn.Module):
         return (mode - self.mean) / self.std, tuple(memory)
 
     def decode(self, latents: Tensor, state: CodecState = None) -> tuple[Tensor, CodecState]:
+        if self.decode_rows is None or len(latents) <= self.decode_rows:
+            return self._decode(latents, state)
+        whole: list[Tensor | None] = []  # filled as the rows come: kept one by one they would be there twice
+        for start in range(0, len(latents), self.decode_rows):
+            own = slice(start, start + self.decode_rows)
+            before = state and tuple(None if part is None else part[own] for part in state)
+            frames, after = self._decode(latents[own], before)
+            parts = (frames, *after)
+            whole = whole or [None if p is None else p.new_empty(len(latents), *p.shape[1:]) for p in parts]
+            for all_rows, part in zip(whole, parts):
+                if part is not None:
+                    all_rows[own] = part
+        return whole[0], tuple(whole[1:])
+
+    def _decode(self, latents: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
         memory = _opened(state, self.vae.decoder)
         z = self.vae.post_quant_conv((latents * self.std + self.mean).to(self.vae.dtype))
         frames = []
@@ -81,7 +99,7 @@ def _opened(state: CodecState, part: nn.Module) -> list[Tensor | str | None]:
     return ["Rep" if held is None else held for held in state]
 
 
-def read_codec(path: str | Path, dtype: torch.dtype = torch.float32) -> WanCodec:
+def read_codec(path: str | Path, dtype: torch.dtype = torch.float32, decode_rows: int | None = None) -> WanCodec:
     """The autoencoder of a folder in diffusers format; WeightsError naming it when it is missing, damaged or not
     Wan2.1's.
     """
@@ -102,4 +120,4 @@ def read_codec(path: str | Path, dtype: torch.dtype = torch.float32) -> WanCodec
         raise WeightsError(f"{path} is not whole: {strange[0]} is missing or unknown; restore it or choose another")
     if vae.config.patch_size is not None or vae.config.is_residual:
         raise WeightsError(f"{path} is the autoencoder of Wan2.2; choose one of Wan2.1")
-    return WanCodec(vae).requires_grad_(False)
+    return WanCodec(vae, decode_rows).requires_grad_(False)

@@ -16,7 +16,7 @@ import math
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -111,30 +111,31 @@ def read_wan(
     Raises WeightsError naming the file where one is missing, damaged, no Wan, or not what config.json describes.
     """
     files, path = _weight_files(Path(path)), Path(path)
-    state = {}
-    for file in files:
-        for name, tensor in _tensors(file):
-            name = to_diffusers(re.sub(r"^model\.(diffusion_model\.)?|_fsdp_wrapped_module\.|_orig_mod\.", "", name))
-            if not any(ignored in name for ignored in WanTransformer3DModel._keys_to_ignore_on_load_unexpected):
-                state[name] = tensor if dtype is None else tensor.to(_dtype_of(name, dtype))
-    config = files[0].parent / "config.json"
-    architecture = _architecture(state, path) | _read_config(config)
-    if not config.exists() and state["patch_embedding.weight"].shape[0] % _HEAD_DIM:
-        raise WeightsError(f"{path} does not show the number of its heads; put its config.json beside it")
+    state = {name: tensor if dtype is None else tensor.to(_dtype_of(name, dtype)) for name, tensor in _entries(files)}
+    architecture = _described(state, files, path)
     try:
         with init_empty_weights(include_buffers=False):
             model = WanTransformer3DModel.from_config(architecture)
         model.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = textwrap.shorten(" ".join(str(error).splitlines()[1:]) or str(error), 300, placeholder=" ...")
+        config = files[0].parent / "config.json"
         beside = f"is not what {config} describes" if config.exists() else "is not whole"
         raise WeightsError(f"{path} {beside}: {reason.rstrip('.')}; restore it or choose another") from error
-    own = model.config.in_channels
-    if in_channels not in (None, own):
-        if own != model.config.out_channels or own > in_channels:
-            raise WeightsError(f"{path} takes {own} input channels, not {in_channels}; choose another checkpoint")
-        widen_input(model, in_channels - own)
+    if extra := _extra_channels(model.config, in_channels, path):
+        widen_input(model, extra)
     return model.eval()
+
+
+def read_architecture(path: str | Path, in_channels: int | None = None) -> dict[str, Any]:
+    """The arguments of WanTransformer3DModel that `read_wan` would use, as it leaves them; no weights are read.
+
+    Raises WeightsError as `read_wan` does, but for weights that are not what config.json describes.
+    """
+    files, path = _weight_files(Path(path)), Path(path)
+    architecture = _described(dict(_entries(files, meta=True)), files, path)
+    extra = _extra_channels(architecture, in_channels, path)
+    return architecture | {"in_channels": architecture["in_channels"] + extra}
 
 
 def write_wan(model: WanTransformer3DModel, out: str | Path, layout: str = "diffusers") -> None:
@@ -211,8 +212,19 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a file, read one by one: a safetensors file into memory, a torch.save archive mapped."""
+def _entries(files: Sequence[Path], meta: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """`_tensors` of the files, in diffusers' names."""
+    for file in files:
+        for name, tensor in _tensors(file, meta):
+            name = to_diffusers(re.sub(r"^model\.(diffusion_model\.)?|_fsdp_wrapped_module\.|_orig_mod\.", "", name))
+            if not any(ignored in name for ignored in WanTransformer3DModel._keys_to_ignore_on_load_unexpected):
+                yield name, tensor
+
+
+def _tensors(file: Path, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a file, read one by one: a safetensors file into memory, a torch.save archive mapped; with
+    `meta` their shapes alone.
+    """
     try:
         with file.open("rb") as opened:
             is_archive = opened.read(4) == b"PK\x03\x04"
@@ -229,7 +241,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         else:
             with safe_open(file, framework="pt", backend="pread") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                    yield name, opened.get_tensor(name)
+                    shape = opened.get_slice(name).get_shape()
+                    yield name, torch.empty(shape, device="meta") if meta else opened.get_tensor(name)
     except UnpicklingError as error:
         raise WeightsError(f"{file} holds more than tensors, and pickled code is not run; choose another") from error
     except (SafetensorError, OSError, RuntimeError, EOFError) as error:
@@ -238,6 +251,25 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if {*WanTransformer3DModel._keep_in_fp32_modules} & {*name.split(".")} else dtype
+
+
+def _described(state: Mapping[str, Tensor], files: Sequence[Path], path: Path) -> dict[str, Any]:
+    """What config.json says, and the shapes where it says nothing."""
+    config = files[0].parent / "config.json"
+    architecture = _architecture(state, path) | _read_config(config)
+    if not config.exists() and state["patch_embedding.weight"].shape[0] % _HEAD_DIM:
+        raise WeightsError(f"{path} does not show the number of its heads; put its config.json beside it")
+    return architecture
+
+
+def _extra_channels(config: Mapping[str, Any], asked: int | None, path: Path) -> int:
+    """How many control channels a T2V checkpoint is to be given."""
+    own = config["in_channels"]
+    if asked in (None, own):
+        return 0
+    if own != config["out_channels"] or own > asked:
+        raise WeightsError(f"{path} takes {own} input channels, not {asked}; choose another checkpoint")
+    return asked - own
 
 
 def _architecture(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:

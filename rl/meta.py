@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from policy.causal import freeze
-from policy.codec import Codec, CodecState
+from policy.codec import Codec, ConvCodec
+from policy.lora import LoraSettings
+from policy.policy import PolicySettings, Settings
+from policy.wan import DTYPES, WAN_1_3B, make_control, vae_folder
+from policy.wan_codec import WanCodec
+from policy.wan_formats import read_architecture
 from rl.plan import CodecCost
 
 from diffusers import AutoencoderKLWan, WanTransformer3DModel  # isort: skip  (after policy.causal has readied torchvision)
@@ -27,19 +33,37 @@ def meta_transformer(config: Mapping[str, Any]) -> WanTransformer3DModel:
         raise ValueError(f"transformer: {str(error).splitlines()[0]}; give the keys of its config.json") from error
 
 
-def trained_weights(
-    model: WanTransformer3DModel, patterns: Sequence[str], rank: int, targets: Sequence[str]
-) -> tuple[int, bool, int]:
-    """How many weights are trained (adapters of that rank on the linear layers whose names end in a target, or with
-    rank 0 the model's own but for the frozen `patterns`), whether the blocks' own are, and how many numbers per token
-    and layer the adapters read.
+def meta_parts(path: str | None, s: Settings) -> tuple[WanTransformer3DModel, Codec]:
+    """Transformer and codec as `load_policy` has them, without memory; path None: a Wan2.1 of 1.3B.
+
+    Raises ValueError naming what is missing or describes none.
     """
-    if rank:
+    if isinstance(s, PolicySettings):
+        with torch.device("meta"):
+            codec = ConvCodec(s.codec_channels, s.codec_width).eval()
+        return meta_transformer(read_architecture(path)), codec
+    config = {} if path is None else AutoencoderKLWan.load_config(vae_folder(Path(path), s), local_files_only=True)
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(config)
+        codec = WanCodec(nn.Module.to(vae, DTYPES[s.codec_dtype]), s.decode_rows)  # diffusers' own `to` warns
+    channels = codec.channels + make_control(codec, s).channels
+    return meta_transformer(WAN_1_3B if path is None else read_architecture(path, channels)), codec
+
+
+def trained_weights(
+    model: WanTransformer3DModel, patterns: Sequence[str], lora: LoraSettings | None
+) -> tuple[int, bool, int]:
+    """How many weights are trained (those of the adapters, or the model's own but for the frozen `patterns`), whether
+    the blocks' own are, and how many numbers per token and layer the adapters read.
+    """
+    if lora:
         linear = {name: m for name, m in model.blocks[0].named_modules() if isinstance(m, nn.Linear)}
-        adapted = {name: m for name, m in linear.items() if name.endswith(tuple(targets))}
+        adapted = {name: m for name, m in linear.items() if name.endswith(lora.targets)}
         if not adapted:
-            raise ValueError(f"lora.targets={list(targets)} names no linear layer (say, {next(iter(linear))})")
-        count = sum(rank * (m.in_features + m.out_features) for m in adapted.values()) * len(model.blocks)
+            raise ValueError(
+                f"policy.lora.targets={list(lora.targets)} names no linear layer (say, {next(iter(linear))})"
+            )
+        count = sum(lora.rank * (m.in_features + m.out_features) for m in adapted.values()) * len(model.blocks)
         text = ("attn2.to_k", "attn2.to_v")  # read the text, which is short
         return count, False, sum(m.in_features for name, m in adapted.items() if name not in text)
     freeze(model, patterns)
@@ -54,9 +78,11 @@ def codec_cost(codec: Codec, latents: torch.Tensor) -> CodecCost:
         _, state = codec.decode(latents, state)
         with FlopCounterMode(display=False) as counter:
             peak = peak_bytes(lambda: codec.decode(latents, state))
+        pictures, state = codec.decode(latents, state)
     held = sum(part.untyped_storage().nbytes() for part in state or () if isinstance(part, torch.Tensor))
     weights = sum(p.numel() * p.element_size() for p in codec.parameters())
-    return CodecCost(weights, held, peak, counter.get_total_flops() / latents.shape[2])
+    flops, rows = counter.get_total_flops() / latents.shape[2], getattr(codec, "decode_rows", None)
+    return CodecCost(weights, held, peak, flops, pictures.untyped_storage().nbytes(), rows)
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -89,23 +115,3 @@ class _Storages(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self.alive.pop(key)
-
-
-class StreamedWan(nn.Module):
-    """`AutoencoderKLWan` of Wan2.1, decoded one latent frame at a time with the memory of its causal convolutions."""
-
-    channels, spatial_stride, temporal_stride = 16, 8, 4
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.vae = AutoencoderKLWan()
-        nn.Module.to(self.vae, dtype)  # diffusers' own `to` warns
-
-    def decode(self, latents: torch.Tensor, state: CodecState = None) -> tuple[torch.Tensor, CodecState]:
-        count = sum(isinstance(m, nn.Conv3d) for m in self.vae.decoder.modules())
-        memory = ["Rep" if part is None else part for part in state] if state else [None] * count
-        frames = []
-        for i, frame in enumerate(self.vae.post_quant_conv(latents).split(1, 2)):
-            is_first = state is None and i == 0
-            frames.append(self.vae.decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=is_first))
-        return torch.cat(frames, 2), tuple(part if isinstance(part, torch.Tensor) else None for part in memory)

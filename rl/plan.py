@@ -62,14 +62,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class CodecCost:
-    """weights, state (of one video's stream) and peak (of decoding one block of one video, state included): bytes.
-    flops: of decoding one latent frame.
+    """weights, state (of one video's stream), peak (of decoding one block of one video, its new state and pictures
+    included) and pictures: bytes. flops: of decoding one latent frame. rows: videos decoded together, None: all.
     """
 
     weights: float
     state: float
     peak: float
     flops: float
+    pictures: float = 0.0
+    rows: int | None = None
+
+    def decode_bytes(self, videos: int) -> float:
+        """Peak of decoding one block of so many videos."""
+        if self.rows is None or videos <= self.rows:
+            return videos * self.peak
+        return videos * (self.state + self.pictures) + self.rows * self.peak
 
 
 @dataclass(frozen=True)
@@ -122,43 +130,42 @@ def kv_bytes(s: Shape, frames: int) -> float:
     return 2.0 * s.bytes * s.layers * s.width * s.tokens * frames
 
 
-def block_pass_bytes(s: Shape, frames: int, cached: int, past: int, append: bool = False) -> float:
-    """Peak of `CausalWan.block` (or `append`) on one row of `frames` latent frames, beside the cache that it is given.
+def block_pass_bytes(s: Shape, frames: int, past: int, after: int | None = None) -> float:
+    """Peak of `CausalWan.block` on one row of `frames` latent frames, beside the cache of `past` frames that it reads.
 
-    cached: frames in that cache; past: those that the block sees. What it does not see is left out of a copy.
+    after: that of `append`, which makes a new cache of so many frames.
     """
     b, e = s.bytes, float(frames * s.tokens * s.width)
-    seen = kv_bytes(s, past + frames)
-    copied = kv_bytes(s, past) if past < cached else 0.0
-    largest = max(5 * b * e + seen / s.layers, 2 * b * e * s.ffn / s.width)
-    transient = (2 * b + 8) * e + largest
-    return copied + (2 * b * e * s.layers + max(transient, seen) if append else transient)
+    one_layer = kv_bytes(s, past + frames) / s.layers
+    transient = (2 * b + 8) * e + max(5 * b * e + one_layer, 2 * b * e * s.ffn / s.width)
+    if after is None:
+        return transient
+    evicted = one_layer / 2 if after < past + frames else 0.0  # keys or values of a layer, before they are
+    return 2 * b * e * s.layers + max(transient, kv_bytes(s, after) + evicted)
 
 
 def rollout_parts(s: Shape, codec: CodecCost, work: Work) -> list[Part]:
     """One rollout worker; its rows are the prompts of a task, or their members where every member is a video."""
     last = len(s.sizes) - 1
-    frames, past = max(s.sizes), s.past(last)
-    before, cached = (min(sum(s.sizes[:n]), s.window or sum(s.sizes)) for n in (last - 1, last))
+    frames, before, past = max(s.sizes), s.past(last - 1), s.past(last)
     prompts = work.prompts_per_task
     rows = prompts if work.branching else prompts * work.group
     probes = rows * 2 * frames if work.tangent else 0
     forks = max(probes, prompts * work.group) if work.branching else probes
     copies = rows + forks if rows > 1 else 0  # the selected rows, then their forks; those of a single row share
-    step = max(rows, forks) * block_pass_bytes(s, frames, cached, past)
+    step = max(rows, forks) * block_pass_bytes(s, frames, past)
     appending = prompts * work.group if work.select == "video" or work.horizon else rows
-    grown = kv_bytes(s, cached - before)  # the last context pass starts from a cache smaller by this
-    append = appending * (block_pass_bytes(s, frames, before, s.past(last - 1), append=True) - grown)
-    decode = prompts * work.group * codec.peak
+    grown = kv_bytes(s, past - before)  # the last context pass starts from a cache smaller by this
+    append = appending * (block_pass_bytes(s, frames, before, past) - grown)
     key = "rollout.group_size"
     return [
         Part("rollout", "weights", s.bytes * s.weights, "policy"),
         Part("rollout", "codec", codec.weights, "policy"),
-        Part("rollout", "KV cache", rows * kv_bytes(s, cached), "rollout.prompts_per_task" if work.branching else key),
-        Part("rollout", "KV cache of the forks", copies * kv_bytes(s, cached), key),
+        Part("rollout", "KV cache", rows * kv_bytes(s, past), "rollout.prompts_per_task" if work.branching else key),
+        Part("rollout", "KV cache of the forks", copies * kv_bytes(s, past), key),
         Part("rollout", "codec memory", (rows + copies) * codec.state, key),
         Part("rollout", "denoising pass", max(step, append), key, "pass"),
-        Part("rollout", "decoding", decode, key, "decode"),
+        Part("rollout", "decoding", codec.decode_bytes(prompts * work.group), key, "decode"),
     ]
 
 

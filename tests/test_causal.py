@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -7,15 +8,26 @@ from diffusers import WanTransformer3DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import difference, noise, tiny_policy
+from torch.nn import functional as F
 
-from policy.attention import KVCache, causal_mask, packed_mask
+from policy.attention import (
+    KVCache,
+    causal_mask,
+    compiled_attention,
+    compiled_mask,
+    dense_mask,
+    packed_mask,
+    token_mask,
+    uses_flex,
+)
 from policy.causal import CausalWan, widen_input
+from rl.meta import peak_bytes
 
 LAYOUTS = [((1, 2, 2), None, 0), ((3, 3), None, 0), ((1, 2, 2, 2, 2), 4, 1), ((1, 2, 2, 2, 2), 6, 0), ((1,) * 5, 3, 1)]
 
 
-def wan(window=None, sink=0):
-    return CausalWan(tiny_policy().net.model, window, sink)
+def wan(window=None, sink=0, least=1, attention="dense"):
+    return CausalWan(tiny_policy().net.model, window, sink, least, attention)
 
 
 def stock(net):
@@ -58,6 +70,71 @@ def test_streamed_equals_block_causal_equals_packed(sizes, window, sink):
         times = torch.cat((torch.zeros(len(t), start), t[:, b : b + 1].expand(-1, end - start)), 1)
         full = net.full(x, times, text, sizes[: b + 1])
         assert difference(stream[:, :, start:end], full[:, :, start:]) < 1e-5
+
+
+LONG = (1, 2, 2, 2, 2)
+BLOCKS = (4, 2, 4)
+
+
+def passes(net):
+    """The block-causal and the packed pass over 64 tokens a frame: L = 576 and 832, no multiples of flex's blocks."""
+    channels, text = net.model.config.in_channels, torch.zeros(1, 1, 8)
+    clean, noisy = noise(1, channels, 9, 16, 16), noise(1, channels, 6, 16, 16, seed=1)
+    full = net.full(clean, torch.full((1, 9), 300.0), text, LONG)
+    return full, net.packed(clean[:, :, :7], noisy, torch.full((1, 6), 700.0), text, LONG, BLOCKS)
+
+
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (4, 1), (5, 0)])
+@torch.no_grad()
+def test_flex_attention_computes_what_the_dense_mask_does(window, sink):
+    net = wan(window, sink, attention="flex")
+    other = 5 if window == 4 else 4
+    for flex, dense, wrong in zip(passes(net), passes(wan(window, sink)), passes(wan(other, sink, attention="flex"))):
+        assert difference(flex, dense) < 1e-5 < 1e-3 < difference(wrong, dense)
+    passes(net)
+    assert net._block_mask.cache_info()[:2] == (2, 2)  # hits and misses: a signature's mask is made once
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flex_attention_has_the_gradients_of_the_dense_mask(checkpointing, monkeypatch):
+    # flex_attention has no kernel for the backward on a CPU and says so; its formula is there and is run here.
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *tensors: None)
+
+    def gradients(window, attention):
+        net = wan(window, 1, attention=attention)
+        if checkpointing:
+            net.enable_gradient_checkpointing()
+        sum(v.square().mean() for v in passes(net)).backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+    dense = gradients(4, "dense")
+    assert difference(gradients(4, "flex"), dense) < 1e-5 * dense.abs().max()
+    assert difference(gradients(5, "flex"), dense) > 1e-3 * dense.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@torch.no_grad()
+def test_attention_and_mask_compile_to_the_same():
+    """What runs on CUDA, compiled for the CPU: for one length, then for all."""
+    g, graphs = torch.Generator().manual_seed(0), []
+    for blocks in ((4,), (4, 4), (2, 3, 1)):
+        frames, _ = packed_mask(LONG, blocks, 7, 4, 1)
+        length = 24 * len(frames)
+        q, k, v = torch.randn(3, 1, 2, length, 16, generator=g).unbind()
+        mask = compiled_mask(token_mask(frames, 24), None, None, length, length, device="cpu")
+        expected = F.scaled_dot_product_attention(q, k, v, dense_mask(frames, 24))
+        assert difference(compiled_attention(q, k, v, block_mask=mask), expected) < 1e-5
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] < graphs[1] == graphs[2]
+
+
+def test_auto_takes_flex_attention_where_it_is_compiled():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [uses_flex("auto", *of) for of in ((cpu, 128), (cuda, 128), (cuda, 12))] == [False, True, False]
+    assert uses_flex("flex", cpu, 12) and not uses_flex("dense", cuda, 128)
+    with pytest.raises(ValueError, match="attention=sparse is none of auto, flex, dense"):
+        wan(attention="sparse")
 
 
 @torch.no_grad()
@@ -148,15 +225,40 @@ def test_a_fork_runs_like_its_original_and_leaves_it_as_it_was():
     assert difference(after.layers[-1][1][2:3], alone.layers[-1][1]) < 1e-5
 
 
-@torch.no_grad()
-def test_the_cache_holds_what_the_last_block_could_see_and_no_more():
-    sizes, window, sink = (1, 2, 2, 2, 2), 4, 1
-    net = wan(window, sink)
-    cache, mask = KVCache(), causal_mask(sizes, window, sink)
+def cached(net, sizes):
+    """The cache after each block."""
+    cache = KVCache()
     for block in inputs(net, sizes)[0].split(sizes, 2):
         cache = net.append(block, torch.zeros(2, 1, 8), cache)
-        assert list(cache.frames) == mask[cache.next_frame - 1].nonzero()[:, 0].tolist()
-        assert cache.layers[0][0].shape[1] == 4 * len(cache.frames) <= 4 * window
+        yield cache
+
+
+@pytest.mark.parametrize(("window", "sink"), [(4, 1), (5, 0), (3, 1), (2, 0)])
+@torch.no_grad()
+def test_the_cache_holds_what_the_next_block_may_see_and_no_more(window, sink):
+    sizes = (1, 2, 2, 2, 2)
+    mask = causal_mask(sizes, window, sink)
+    for cache, _ in zip(cached(wan(window, sink, least=2), sizes), sizes[:-1]):
+        seen = mask[cache.next_frame, : cache.next_frame]
+        assert list(cache.frames) == seen.nonzero()[:, 0].tolist()
+        assert cache.layers[0][0].shape[1] == 4 * len(cache.frames) <= 4 * (window - 2)
+
+
+@torch.no_grad()
+def test_a_block_reads_the_cache_as_it_is_once_the_window_is_full():
+    sizes, x = (1, 2, 2, 2), noise(2, 18, 2, 4, 4)
+
+    def pass_of(net, cache):
+        return lambda: net.block(x, 500.0, torch.zeros(2, 1, 8), cache)
+
+    *_, kept = cached(wan(4, 1, least=2), sizes)
+    *_, longer = cached(wan(4, 1, least=1), sizes)
+    assert kept.frames == (0, 6) and longer.frames == (0, 5, 6)
+    reads_all = peak_bytes(pass_of(wan(), kept))
+    assert peak_bytes(pass_of(wan(4, 1, least=2), kept)) == reads_all < peak_bytes(pass_of(wan(4, 1), longer))
+    assert torch.equal(pass_of(wan(4, 1, least=2), kept)(), pass_of(wan(4, 1), longer)())
+    with pytest.raises(ValueError, match="a block of 1 frames, but the cache was kept for 2 and more"):
+        wan(4, 1, least=2).block(x[:, :, :1], 500.0, torch.zeros(2, 1, 8), kept)
 
 
 def test_new_control_channels_change_nothing_until_they_are_trained():

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from jobs_cases import run_job
 from tiny import SETTINGS, plans, prompts, tiny_policy
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from wan_cases import SETTINGS as WAN_SETTINGS
+from wan_cases import tiny_vae, wan_policy, write_folder
 
 from policy.attention import KVCache, packed_mask
 from policy.causal import CausalWan
 from policy.codec import ConvCodec
+from policy.lora import LoraSettings
 from policy.transition import Kernel
-from rl.meta import StreamedWan, codec_cost, meta_transformer, peak_bytes, trained_weights
+from policy.wan import WAN_1_3B
+from policy.wan_codec import WanCodec
+from policy.wan_formats import read_architecture, to_original
+from rl.meta import codec_cost, meta_parts, meta_transformer, peak_bytes, trained_weights
 from rl.plan import (
     BUCKET,
     CodecCost,
@@ -45,8 +53,6 @@ WITHIN = pytest.approx
 FREE = CodecCost(0, 0, 0, 0)
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 18, "out_channels": 8, "text_dim": 8,
          "freq_dim": 64, "ffn_dim": 384, "num_layers": 4, "rope_max_seq_len": 128}  # fmt: skip
-WAN = {"num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 36, "out_channels": 16, "text_dim": 4096,
-       "ffn_dim": 8960, "num_layers": 30}  # fmt: skip
 WORK = Work("trunk", True, 4, 2, 2, 0, 1, 1, 0)
 
 
@@ -64,11 +70,11 @@ def shape(config=SMALL, **changed) -> Shape:
     return Shape(**{**known, **changed})
 
 
-def network(config=SMALL, window=None, dtype=torch.float32, device=None) -> CausalWan:
+def network(config=SMALL, window=None, dtype=torch.float32, device=None, least=1) -> CausalWan:
     with torch.device(device or "cpu"):
         model = meta_transformer(config) if device else type(meta_transformer(config)).from_config(config)
     torch.nn.Module.to(model, dtype)
-    return CausalWan(model, window)
+    return CausalWan(model, window, least=least)
 
 
 def allocated(call) -> tuple[int, int]:
@@ -149,7 +155,7 @@ def test_frozen_blocks_and_adapters_keep_what_is_planned():
     adapted.model.add_adapter(LoraConfig(r=2, target_modules=targets))
     for p in adapted.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
-    trained, full, inputs = trained_weights(meta_transformer(SMALL), (), 2, targets)
+    trained, full, inputs = trained_weights(meta_transformer(SMALL), (), LoraSettings(2, 4.0, tuple(targets)))
     assert trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad) and not full
     s = shape(bytes=2, full=False, trained=trained, lora_inputs=inputs)
     peak, _ = allocated(packed_call(adapted, s, side, backward=True))
@@ -157,10 +163,10 @@ def test_frozen_blocks_and_adapters_keep_what_is_planned():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("frames", "window", "cached"), [(1, 7, 7), (2, None, 6), (2, 4, 4)])
+@pytest.mark.parametrize(("frames", "window", "cached"), [(1, 7, 6), (2, None, 6), (2, 4, 2)])
 def test_a_streamed_block_takes_the_memory_that_is_planned(dtype, frames, window, cached):
     rows, s = 4, shape(bytes=dtype.itemsize, window=window)
-    net = network(window=window, dtype=dtype).requires_grad_(False)
+    net = network(window=window, dtype=dtype, least=frames).requires_grad_(False)
     k = torch.zeros(rows, cached * s.tokens, 4, 16, dtype=dtype)
     cache = KVCache(tuple((k.clone(), k.clone()) for _ in range(s.layers)), tuple(range(cached)), cached)
     bytes = sum(part.untyped_storage().nbytes() for layer in cache.layers for part in layer)
@@ -168,15 +174,16 @@ def test_a_streamed_block_takes_the_memory_that_is_planned(dtype, frames, window
     forked = cache.rows(torch.arange(rows).repeat_interleave(3))
     assert sum(part.untyped_storage().nbytes() for layer in forked.layers for part in layer) == 3 * bytes
     x, text = torch.zeros(rows, 18, frames, 16, 16, dtype=dtype), torch.zeros(rows, 4, 8, dtype=dtype)
-    past = cached if window is None else window - frames
     with torch.no_grad():
         block, _ = allocated(lambda: net.block(x, 500.0, text, cache))
         append, _ = allocated(lambda: net.append(x, text, cache))
         after = net.append(x, text, cache)
-    assert block == WITHIN(rows * block_pass_bytes(s, frames, cached, past), rel=0.15)
-    assert append == WITHIN(rows * block_pass_bytes(s, frames, cached, past, append=True), rel=0.15)
+    assert block == WITHIN(rows * block_pass_bytes(s, frames, cached), rel=0.15)
+    kept = len(after.frames)
+    assert kept == (cached + frames if window is None else window - frames)
+    assert append == WITHIN(rows * block_pass_bytes(s, frames, cached, kept), rel=0.15)
     seen = sum(part.untyped_storage().nbytes() for layer in after.layers for part in layer)
-    assert seen == rows * kv_bytes(s, len(after.frames)) and len(after.frames) == past + frames
+    assert seen == rows * kv_bytes(s, kept)
 
 
 def rollout_of(select: str, config: dict, work: Work, selections: list) -> tuple:
@@ -227,7 +234,7 @@ def test_a_rollout_computes_what_is_planned(select):
 
 def test_the_flops_of_a_pass_are_those_that_torch_counts():
     """On the 1.3B shape, two of its layers, without memory."""
-    config = {**WAN, "num_layers": 2}
+    config = {**WAN_1_3B, "num_layers": 2}
     s = shape(config, tokens=1560, text_tokens=512, window=7, sizes=(1,) * 10)
     net = network(config, window=7, device="meta")
     k = torch.zeros(1, 6 * 1560, 12, 128, device="meta")
@@ -293,17 +300,26 @@ def test_a_codec_on_the_meta_device_costs_what_the_real_one_does(frames):
 
 
 def test_the_autoencoder_of_wan_remembers_a_part_of_every_video():
-    with torch.device("meta"):
-        codec = StreamedWan(torch.bfloat16)
-    cost = codec_cost(codec, torch.zeros(1, 16, 1, 60, 104, dtype=torch.bfloat16, device="meta"))
-    assert cost.weights == 2 * 126_892_531
+    _, codec = meta_parts(None, replace(WAN_SETTINGS, codec_dtype="bfloat16", decode_rows=1))
+    cost = codec_cost(codec, torch.zeros(1, 16, 1, 60, 104, device="meta"))
+    assert cost.weights == 2 * 126_892_531 and cost.rows == 1
     assert 1.5 < cost.state / 2**30 < 2 < cost.peak / 2**30 < 4 and 13 < cost.flops / 1e12 < 14
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2])
+@torch.no_grad()
+def test_decoding_in_parts_takes_the_memory_that_is_planned(rows):
+    codec, latents = WanCodec(tiny_vae(), rows).requires_grad_(False), torch.zeros(6, 16, 1, 6, 8)
+    cost = codec_cost(codec, latents[:1])
+    _, state = codec.decode(latents)
+    assert peak_bytes(lambda: codec.decode(latents, state)) == WITHIN(cost.decode_bytes(6), rel=0.15)
+    assert (cost.decode_bytes(6) < 0.9 * 6 * cost.peak) == (rows is not None)
 
 
 def test_the_largest_group_fits_and_one_more_does_not():
     from rl.plan import GIB, Gpu
 
-    s = shape(WAN, tokens=1560, text_tokens=512, sizes=(1,) * 21, window=7, bytes=2, checkpointing=True, flex=True)
+    s = shape(WAN_1_3B, tokens=1560, text_tokens=512, sizes=(1,) * 21, window=7, bytes=2, checkpointing=True, flex=True)
     assert s.weights == 1_418_996_800 + 20 * 4 * 1536
     gpu, work = Gpu(139 * GIB, 6 * GIB, 3e14), replace(WORK, prompts=32, prompts_per_task=1, zero_stage=2)
     codec = CodecCost(0.25 * GIB, 1.76 * GIB, 3.5 * GIB, 1.3e13)
@@ -327,25 +343,63 @@ def test_the_plan_is_printed_for_1_8_and_32_gpus_without_weights(capsys):
     status, out, _ = plan(capsys, "policy=wan_1_3b")
     assert status == 0 and "1,419.1 M weights" in out
     assert all(word in out for word in ("1 GPU ", "8 GPUs", "32 GPUs", "optimizer", "KV cache", "iteration, s"))
-    status, out, _ = plan(capsys, "policy=wan_1_3b", "lora.rank=16", "gpus=[1]")
-    assert status == 0 and "8 GPUs" not in out
     small = ("policy.wan.height=240", "policy.wan.width=416", "policy.lora.rank=8")
     status, out, _ = plan(capsys, "policy=wan_1_3b", *small, "gpus=[1]")
-    assert status == 0 and "10.9 M trained, 390 tokens" in " ".join(out.split())
+    assert status == 0 and "8 GPUs" not in out and "10.9 M trained, 390 tokens" in " ".join(out.split())
     status, out, _ = plan(capsys)
     assert status == 0 and "2.0 M weights, 0.3 M trained" in out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A text-to-video Wan, whose control channels are added when it is read."""
+    return write_folder(tmp_path_factory.mktemp("wan"))
+
+
+def test_a_wan_that_is_there_is_planned_from_its_files_and_not_from_its_weights(folder, tmp_path, capsys):
+    policy = wan_policy(folder)
+    count = policy.net.model.num_parameters()
+    state = {f"model.{to_original(name)}": tensor for name, tensor in policy.net.model.state_dict().items()}
+    torch.save({"generator_ema": state}, tmp_path / "student.pt")
+    shutil.copy(folder / "transformer/config.json", tmp_path)  # weights of this size do not show their heads
+    config = read_architecture(tmp_path / "student.pt")
+    assert WanTransformer3DModel.from_config(config).config == WanTransformer3DModel(**config).config
+    student = wan_policy(tmp_path / "student.pt", base=str(folder), text_cache=str(folder / "text_cache"))
+    student.save(tmp_path / "saved")
+    for path, base in ((folder, None), (tmp_path / "student.pt", str(folder)), (tmp_path / "saved", None)):
+        settings = replace(WAN_SETTINGS, base=base)
+        model, codec = meta_parts(str(path), settings)
+        assert (sum(p.numel() for p in model.parameters()), model.config.in_channels) == (count, 36)
+        assert all(p.is_meta for p in (*model.parameters(), *codec.parameters()))
+        assert sum(p.numel() for p in codec.parameters()) == sum(p.numel() for p in policy.codec.parameters())
+    shape = f"{count / 1e6:,.1f} M weights"
+    small = ("policy.wan.height=32", "policy.wan.width=48", "gpus=[1]")
+    for given in (
+        ["policy=wan_1_3b", f"policy.path={folder}", *small],
+        [f"policy.path={tmp_path / 'saved'}", "gpus=[1]"],
+    ):
+        status, out, _ = plan(capsys, *given)
+        assert status == 0 and shape in out and "6 tokens" in " ".join(out.split())
+    shutil.rmtree(tmp_path / "saved/vae")
+    status, _, err = plan(capsys, "policy=wan_1_3b", f"policy.path={tmp_path / 'saved'}", *small)
+    assert status == 1 and "holds no vae/" in err
 
 
 @pytest.mark.parametrize(("overrides", "named"), [
     (["policy=wan_1_3b", "rollout.group_size=64"], r"rollout.group_size=64 needs"),
     (["policy=wan_1_3b", "gpu.memory_gib=24"], "no group fits"),
-    (["policy=wan_1_3b", "shape.gradient_checkpointing=false"], "which learner.micro_batch"),
-    (["policy=no_such"], "policy names neither"),
-    (["policy=wan_1_3b", "shape.frames=80"], "shape.frames=80"),
+    (["policy=wan_1_3b", "policy.wan.gradient_checkpointing=false"], "which learner.micro_batch"),
+    (["policy.path=null"], "policy.path is null"),
+    (["policy.path=nowhere"], "nowhere is no policy folder"),
+    (["policy=wan_1_3b", "policy.path=nowhere"], "nowhere holds no vae/"),
+    (["policy=wan_1_3b", "policy.wan.frames=80"], "policy.wan.frames=80"),
+    (["policy=wan_1_3b", "policy.wan.attention=sparse"], "policy.wan.attention=sparse"),
+    (["policy=wan_1_3b", "policy.wan.decode_rows=0"], "policy.wan.decode_rows=0"),
     (["cluster=inline"], "cluster.backend=inline"),
     (["gpu.efficiency=35"], "gpu.efficiency=35"),
     (["learner.zero_stage=4"], "learner.zero_stage=4"),
-    (["policy=wan_1_3b", "lora.rank=4", "lora.targets=[q_proj]"], "lora.targets"),
+    (["policy=wan_1_3b", "policy.lora.rank=4", "policy.lora.targets=[q_proj]"], "policy.lora.targets"),
+    (["policy.lora.rank=-1"], "policy.lora needs a rank"),
     (["rollout.select=branch"], "rollout.select"),
 ])  # fmt: skip
 def test_what_cannot_fit_or_is_wrong_ends_in_one_line_that_names_the_key(capsys, overrides, named):

@@ -85,6 +85,24 @@ def test_a_forked_stream_leaves_the_shared_state_alone(shared):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_rows_decoded_in_parts_are_those_decoded_together(rows):
+    exact = tiny_vae(**FEW).double()  # in float32 convolutions of other batch sizes round differently, by some 1e-6
+    whole, parts = WanCodec(exact), WanCodec(exact, rows)
+    latents, after = noise(5, 4, 2, 3, 4), noise(5, 4, 1, 3, 4, seed=1)
+    (first, state), (same, halves) = whole.decode(latents), parts.decode(latents)
+    (second, ended), (next_same, ends) = whole.decode(after, state), parts.decode(after, halves)
+    assert difference(first, same) < 1e-6 and difference(second, next_same) < 1e-6
+    assert [part is None for part in ends] == [part is None for part in ended]
+    assert all(difference(a, b) < 1e-6 for a, b in zip(ends, ended) if a is not None)
+    forked = tuple(None if part is None else part[:1].expand(5, *part.shape[1:]) for part in state)
+    before = [None if part is None else part.clone() for part in forked]
+    twigs, _ = parts.decode(after, forked)
+    assert unchanged(forked, before) and difference(twigs, whole.decode(after, forked)[0]) < 1e-6
+    assert difference(twigs[1:], second[1:]) > 1e-3  # of rows that remember something else
+
+
+@torch.no_grad()
 def test_an_encoders_state_is_not_changed_by_what_follows():
     _, state = CODEC.encode_stream(VIDEO[:, :, :5])
     before = [None if part is None else part.clone() for part in state]

@@ -143,10 +143,10 @@ def test_the_documented_commands_run_one_after_the_other(home, tmp_path):
         "/data/drags": home / "drags", "/data/texts": tmp_path / "texts",
         "outputs": tmp_path, "step_000030": "step_000001",
     }  # fmt: skip
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
     for _, _, job, *overrides in COMMANDS:
         given = [reduce(lambda w, place: w.replace(place, str(places[place])), places, word) for word in overrides]
-        if job != "jobs.export":
+        if job not in ("jobs.export", "jobs.plan"):
             given = [f"run_dir={tmp_path / job}", *given, *TINY]
         last = {word.split("=")[0]: word for word in given}
         assert run_job(job.removeprefix("jobs."), *last.values()) == 0, f"{job} {overrides}"

@@ -101,7 +101,7 @@ def write_folder(folder: Path, **changed: object) -> Path:
 SETTINGS = WanSettings(
     height=32, width=48, frames=13, block=1, sigmas=(1.0, 0.755, 0.522, 0.0), window=3, sink=1, features="splat",
     background="zeros", drag_sigma=6.0, drag_window=9.0, base=None, text_cache="unset", text_length=12, dtype="float32",
-    codec_dtype="float32", gradient_checkpointing=False,
+    codec_dtype="float32", decode_rows=None, attention="auto", gradient_checkpointing=False,
 )  # fmt: skip
 
 
