@@ -144,7 +144,8 @@ class Learner:
         freeze(net.model, s.freeze)
         config = deepspeed_config(s, self.ranks)
         self.engine = deepspeed.initialize(model=net, optimizer=self._optimizer(), config=config)[0]
-        self.averaged = {name: self._wide(p).clone() for name, p in self.policy.state_dict().items()}
+        # In float32 whatever the policy's type: a step of the average is finer than bfloat16 can tell.
+        self.averaged = {name: p.detach().float().clone() for name, p in self.policy.state_dict().items()}
 
     def _optimizer(self) -> Callable[..., torch.optim.Optimizer]:
         """Makes AdamW after the engine has cast the weights: those that diffusers keeps in float32 in a policy of
@@ -216,17 +217,16 @@ class Learner:
     ) -> tuple[Tensor, Tensor]:
         """Sum of the loss over the batch's actions, and the sums of (policy loss, divergence, clip fraction, ratio)."""
         s, steps = self.settings, [(a.s, a.s2) for a in batch.actions]
-        weight = torch.tensor([gradient_scale(self.kernel, *step) if s.equalise_steps else 1.0 for step in steps])
+        scales = [gradient_scale(self.kernel, *step, s.ratio_norm) if s.equalise_steps else 1.0 for step in steps]
         new, old = logp, before.logp
         if s.ratio_norm:
-            std = torch.tensor([spread(self.kernel, *step) for step in steps])
-            drift = batch.drift(self.kernel, v, before.v)
-            new, old, weight = ratio_norm(logp - old, drift, std[:, None]), torch.zeros_like(old), weight / std
+            std = torch.tensor([[spread(self.kernel, *step)] for step in steps])
+            new, old = ratio_norm(new - old, batch.drift(self.kernel, v, before.v), std), torch.zeros_like(old)
         own, ratio = clipped_ratio_loss(new, old, credit_of(batch, advantages), s.clip)
         divergence = torch.zeros(len(v)) if before.reference is None else velocity_divergence(v, before.reference)
         clipped = ((ratio - 1).abs() > s.clip).float()
         parts = torch.stack([part.reshape(len(v), -1).mean(1).sum() for part in (own, divergence, clipped, ratio)])
-        return (weight * own.mean(1) + self.beta * divergence).sum(), parts.detach()
+        return (torch.tensor(scales) * own.mean(1) + self.beta * divergence).sum(), parts.detach()
 
     def _check(self, deviations: Sequence[Tensor]) -> float:
         deviation = torch.stack(list(deviations)).max().item()  # torch's max, because Python's would hide a NaN
@@ -255,13 +255,9 @@ class Learner:
         torch.distributed.all_reduce(mean)
         return mean.item()
 
-    def _wide(self, p: Tensor) -> Tensor:
-        """A weight as it is averaged: in float32, where the steps of bfloat16 are too coarse for it."""
-        return p.detach().float()
-
     def _average(self) -> None:
         for name, p in self.policy.state_dict().items():
-            self.averaged[name].lerp_(self._wide(p), 1 - self.settings.ema)
+            self.averaged[name].lerp_(p.detach().float(), 1 - self.settings.ema)
 
     def _state(self, averaged: bool) -> dict[str, Tensor]:
         """The present or the averaged weights, in the policy's types."""

@@ -32,13 +32,14 @@ def velocity_divergence(v: Tensor, reference: Tensor) -> Tensor:
 
 
 @cache
-def gradient_scale(kernel: Kernel, s: float, s2: float) -> float:
-    """The weight std / |d mean / d v| that makes every step's log-prob gradient equally long.
+def gradient_scale(kernel: Kernel, s: float, s2: float, normalised: bool = False) -> float:
+    """The weight std / |d mean / d v| that makes every step's log-prob gradient equally long; without std for the ratio
+    of `ratio_norm`.
 
     Cf. Flash-GRPO, arXiv 2605.15980; LongCat-Video, arXiv 2510.22200, eq. 22.
     """
     slope, std = kernel.inside(torch.zeros(1), torch.ones(1), s, s2)
-    return std / abs(slope.item())
+    return (1.0 if normalised else std) / abs(slope.item())
 
 
 @cache
@@ -53,8 +54,8 @@ def ratio_norm(log_ratio: Tensor, drift: Tensor, std: Tensor) -> Tensor:
 
     For x = mu_old + std z this is mean(z (mu - mu_old)): its mean over z is 0 and its spread that of the step in mu,
     where log rho lies below 0 on average and varies with 1 / std, so that a clip meets good members too late. Its
-    gradient no longer has the factor 1 / std; divided by |d mean / d v| (the paper: by dt, an ODE step's) all steps'
-    are equally long again.
+    gradient no longer has the factor 1 / std; `gradient_scale` divides it by |d mean / d v| (the paper: by dt, which is
+    that of an ODE step).
     """
     return std * (log_ratio + drift)
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rl.advantage import TermWeight, advantages, normalise, permuted
+from rl.advantage import TermWeight, advantages, best_and_worst, normalise, permuted
 
 FLOOR = 0.01
 groups = arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(2, 9)),
@@ -121,3 +121,43 @@ def test_permuted_advantages_go_to_other_members():
     scores = np.arange(16.0).reshape(2, 8)
     assert (permuted(scores, 0) != scores).mean() > 0.5
     assert (permuted(scores, 0) != permuted(scores, 1)).any()
+
+
+TWO = np.array([[0.0, 1.0, 2.0], [5.0, 5.1, 5.2]])
+
+
+def test_the_spread_that_a_group_is_divided_by_is_its_own_the_batches_or_none():
+    centred = TWO - TWO.mean(-1, keepdims=True)
+    np.testing.assert_allclose(normalise(TWO, FLOOR, "group"), centred / TWO.std(-1, keepdims=True))
+    np.testing.assert_allclose(normalise(TWO, FLOOR, "batch"), centred / TWO.std())
+    np.testing.assert_allclose(normalise(TWO, FLOOR, "none"), centred)
+    np.testing.assert_allclose(normalise(TWO, 4.0, "batch"), centred / 4)
+    hidden = np.append(TWO, [[np.nan] * 3], 0)
+    for std in ("group", "batch", "none"):
+        np.testing.assert_array_equal(normalise(hidden, FLOOR, std)[:2], normalise(TWO, FLOOR, std))
+
+
+def test_of_a_batch_the_group_that_hardly_differs_counts_for_less():
+    lengths = {std: np.abs(normalise(TWO, FLOOR, std)).max(-1) for std in ("group", "batch", "none")}
+    assert lengths["group"][0] == pytest.approx(lengths["group"][1])
+    for std in ("batch", "none"):
+        assert lengths[std][0] == pytest.approx(10 * lengths[std][1])
+
+
+def test_the_best_and_the_worst_learn_as_a_smaller_group_would():
+    advantage = np.float32([[0.3, -2, 1, 0.2, -0.5, 1], [0, 0, 0, 0, 0, 0]])
+    kept = best_and_worst(advantage, 1)
+    assert kept.dtype == np.float32
+    np.testing.assert_array_equal(kept, [[0, -6, 0, 0, 0, 3], [0] * 6])
+    np.testing.assert_array_equal(best_and_worst(advantage, 2), np.float32([[0, -3, 1.5, 0, -0.75, 1.5], [0] * 6]))
+    np.testing.assert_array_equal(best_and_worst(advantage, 3), advantage)
+
+
+@thorough
+@given(groups.filter(lambda scores: scores.shape[-1] >= 4), seeds)
+def test_who_is_best_and_worst_does_not_depend_on_the_order(scores, seed):
+    advantage = normalise(scores + 1e-6 * np.arange(scores.shape[-1]), FLOOR)  # without ties
+    order = np.random.default_rng(seed).permutation(scores.shape[-1])
+    kept = best_and_worst(advantage, 2)
+    np.testing.assert_array_equal(best_and_worst(advantage[..., order], 2), kept[..., order])
+    assert ((kept != 0).sum(-1) <= 4).all() and (kept.max(-1) >= advantage.max(-1)).all()

@@ -65,6 +65,16 @@ def test_the_control_gives_the_same_advantages_to_other_members():
     assert (again[1] == wrong[0][1]).all()
 
 
+def test_groups_can_share_one_spread_and_leave_the_middle_out():
+    flat = scores(0.1 * GROUP.frames["near"], "0/0/b")
+    own = credit([GROUP, flat], TERMS, SETTINGS, 0)
+    shared = credit([GROUP, flat], TERMS, replace(SETTINGS, advantage_std="batch"), 0)
+    assert own["0/0/b"][1] == pytest.approx(own["0/0/a"][1], abs=1e-6)
+    assert shared["0/0/b"][1] == pytest.approx(0.1 * shared["0/0/a"][1], abs=1e-6)
+    ends = credit([GROUP], TERMS, replace(SETTINGS, best_and_worst=1), 0)["0/0/a"][1]
+    assert ends == pytest.approx(1.5 * own["0/0/a"][1] * [1, 1, 0], abs=1e-6)
+
+
 class Near:
     """Scores, or fails on as many members as the group's name ends with."""
 

@@ -8,7 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 from policy.explore import tangent_basis
 from policy.transition import KERNELS, Kernel, shifted_schedule, transition
-from rl.objective import clipped_ratio_loss, gradient_scale, velocity_divergence
+from rl.objective import adapt_beta, clipped_ratio_loss, gradient_scale, ratio_norm, spread, velocity_divergence
 
 STEPS = list(pairwise(shifted_schedule(4, 3.0)))[:-1]
 
@@ -66,3 +66,45 @@ def test_the_scale_makes_the_gradients_of_all_steps_equally_long(name, amplitude
         assert length * gradient_scale(kernel, s, s2) == pytest.approx(z.norm().item() / 4, rel=1e-3)
     plain = [length for _, _, length in lengths]
     assert max(plain) / min(plain) > 1.15
+
+
+def ratios(kernel, move, z):
+    """Per step: log rho after v has moved by `move`, its RatioNorm, and z (mu - mu_old); z [1, M, 4] drawn before."""
+    x, v = noise(1, 3, 2, 4, 4), noise(1, 3, 2, 4, 4, seed=1)
+    subspace = tangent_basis(v, noise(1, 4, 3, 2, 4, 4, seed=2))
+    for s, s2 in STEPS:
+        coordinates, old = transition(kernel, subspace, x, v, s, s2, noise=z)
+        _, logp = transition(kernel, subspace, x, v + move, s, s2, coordinates=coordinates)
+        means = [subspace.project(kernel.law(x, at, s, s2, subspace)[0]) for at in (v + move, v)]
+        moved, std = (means[0] - means[1]).unsqueeze(1), spread(kernel, s, s2)
+        drift = moved.square().mean(-1) / (2 * std**2)
+        yield logp - old, ratio_norm(logp - old, drift, torch.tensor([[std]])), (z * moved).mean(-1), drift
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_normalised_ratio_is_centred_and_knows_no_spread_of_its_step(name):
+    kernel, z = Kernel(name, 0.5), noise(1, 4000, 4, seed=3)
+    for plain, normalised, expected, drift in ratios(kernel, 0.5 * noise(1, 3, 2, 4, 4, seed=4), z):
+        assert difference(normalised, expected) < 1e-4 * expected.abs().max() + 1e-5
+        assert abs(normalised.mean() / normalised.std()) < 4 / math.sqrt(4000)
+        assert plain.mean() == pytest.approx(-drift.item(), abs=4 * plain.std().item() / math.sqrt(4000))
+        assert plain.mean() < -0.5 * drift
+
+
+def test_scaled_the_normalised_ratios_of_all_steps_spread_alike():
+    kernel, z, move = Kernel(eta=0.5), noise(1, 500, 4, seed=3), 0.01 * noise(1, 3, 2, 4, 4, seed=4)
+    found = list(ratios(kernel, move, z))
+    scaled = [gradient_scale(kernel, *step, True) * one[1].std().item() for step, one in zip(STEPS, found)]
+    plain = [one[0].std().item() for one in found]
+    assert max(scaled) / min(scaled) < 1.001 < 1.15 < max(plain) / min(plain)
+
+
+def test_the_weight_of_the_divergence_follows_its_target():
+    assert adapt_beta(2.0, 0.03, target=0.03) == 2.0
+    assert adapt_beta(2.0, 0.033, target=0.03) == pytest.approx(2.0 * 1.01)
+    assert adapt_beta(2.0, 9.0, target=0.03) == pytest.approx(2.0 * 1.02)
+    assert adapt_beta(2.0, 0.0, target=0.03) == pytest.approx(2.0 * 0.98)
+    beta = 1.0
+    for _ in range(2000):  # a policy whose divergence is 1 / beta
+        beta = adapt_beta(beta, 1 / beta, target=0.1)
+    assert beta == pytest.approx(10, rel=1e-3)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
-from tiny import noise, plans, prompts, tiny_policy
+from tiny import difference, noise, plans, prompts, tiny_policy
 
 from policy.transition import Kernel
 from rl.objective import clipped_ratio_loss
@@ -159,6 +159,20 @@ def test_one_forward_gives_the_gradient_of_a_forward_for_every_member(select, ex
     assert (together - apart).norm() < 1e-6 * apart.norm()
     mixed = {key: advantage[(*key[:2], (key[2] + 1) % MEMBERS)] for key in keys}
     assert (gradient(policy, chosen.kernel, replays, mixed) - apart).norm() > 0.1 * apart.norm()
+
+
+@pytest.mark.parametrize("explore", EXPLORES)
+@torch.no_grad()
+def test_the_drift_is_what_keeps_a_log_ratio_from_being_linear_in_the_velocity(explore):
+    policy, chosen = tiny_policy(), settings("trunk", explore)
+    batch = ReplayBatch(tuple(replays_of(policy, chosen, 2)))
+    old = batch.velocity(policy, policy.net)
+    step, kernel = noise(*old.shape), chosen.kernel
+    ratios = [batch.log_probs(kernel, old + k * step) - batch.log_probs(kernel, old) for k in (1, 2)]
+    once, twice = (ratio + batch.drift(kernel, old + k * step, old) for k, ratio in zip((1, 2), ratios))
+    assert difference(2 * once, twice) < 1e-4 * twice.abs().max()
+    assert difference(2 * ratios[0], ratios[1]) > 1e-2 * twice.abs().max()
+    assert not batch.drift(kernel, old, old).any()
 
 
 def test_replays_of_different_layouts_are_not_batched():

@@ -89,6 +89,21 @@ def test_the_other_kernels_overshoot_the_marginal_spread_in_few_steps(name, eta,
     assert reached > 1.004 * s2 and (eta < 0.7 or reached > 1.14 * s2)
 
 
+@pytest.mark.parametrize(("s", "s2"), STEPS)
+def test_the_other_kernels_are_the_published_steps(s, s2):
+    """Flow-GRPO's eq. 9 in its code's form, and DanceGRPO's eq. 8 with the score of the predicted data."""
+    (x, v, _), eta, step = state(), 0.7, s2 - s
+    sigma = eta * math.sqrt(s / (1 - (s if s < 1 else s2)))
+    flow = x * (1 + sigma**2 / (2 * s) * step) + v * (1 + sigma**2 * (1 - s) / (2 * s)) * step
+    mean, std = Kernel("flow_sde", eta).moments(x, v, s, s2)
+    assert difference(mean, flow) < 1e-5 and std == pytest.approx(sigma * math.sqrt(-step))
+    score = -(x - (1 - s) * (x - s * v)) / s**2
+    mean, std = Kernel("dance", eta).moments(x, v, s, s2)
+    assert difference(mean, x + v * step - 0.5 * eta**2 * score * step) < 1e-5
+    assert std == pytest.approx(eta * math.sqrt(-step))
+    assert difference(mean, flow) > 1e-2
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("s", "s2"), STEPS)
 def test_without_noise_every_kernel_is_the_ode_step(name, s, s2):

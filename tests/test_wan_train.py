@@ -98,7 +98,7 @@ def test_weights_in_bfloat16_learn_with_float32_copies(home, tmp_path):
     assert 0 < json.loads(line)["train/ratio_deviation"] <= 0.1
     tuned = load_file(run / "checkpoints/step_000001/policy.safetensors")
     base = read_wan(home / "wan", torch.bfloat16).state_dict()
-    assert all(tensor.dtype == torch.bfloat16 for tensor in tuned.values())
+    assert {name: tensor.dtype for name, tensor in tuned.items()} == {name: p.dtype for name, p in base.items()}
     assert any((tuned[name] != base[name]).any() for name in base)
 
 
