@@ -93,6 +93,16 @@ def test_every_way_of_selecting_trains(small_run, tmp_path, select, explore):  #
 
 
 @pytest.mark.slow
+def test_every_option_of_the_objective_trains(small_run, tmp_path):  # noqa: F811
+    more = ("learner.ratio_norm=true", "learner.advantage_std=batch", "learner.best_and_worst=1",
+            "learner.kl_target=0.02", "learner.updates_per_rollout=2", "train.iterations=1")  # fmt: skip
+    assert run_job("train", *small_run, *more, f"run_dir={tmp_path / 'run'}", "tracking.uri=null") == 0
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert line["train/ratio_deviation"] <= 1e-5 and line["train/grad_norm"] > 0
+    assert line["train/beta"] == 2.0 and line["train/kl"] > 0 and abs(line["train/ratio"] - 1) > 1e-9
+
+
+@pytest.mark.slow
 def test_a_fleet_of_ray_actors_trains_the_same_weights_bit_for_bit(three_iterations, small_run, ray_local, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     assert (

@@ -91,7 +91,7 @@ def test_the_other_kernels_overshoot_the_marginal_spread_in_few_steps(name, eta,
 
 @pytest.mark.parametrize(("s", "s2"), STEPS)
 def test_the_other_kernels_are_the_published_steps(s, s2):
-    """Flow-GRPO's eq. 9 in its code's form, and DanceGRPO's eq. 8 with the score of the predicted data."""
+    """Flow-GRPO's step as its code has it, and DanceGRPO's with the score of the predicted data."""
     (x, v, _), eta, step = state(), 0.7, s2 - s
     sigma = eta * math.sqrt(s / (1 - (s if s < 1 else s2)))
     flow = x * (1 + sigma**2 / (2 * s) * step) + v * (1 + sigma**2 * (1 - s) / (2 * s)) * step
