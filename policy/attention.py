@@ -81,7 +81,7 @@ def joined(past: Tensor, parents: Tensor | None, new: Tensor) -> Tensor:
     """The tokens of past[parents] (None: of the past as it is), then those of `new`: [B, L + l, heads, head_dim]."""
     if parents is None:
         return torch.cat((past, new), 1)
-    if torch.compiler.is_compiling():  # which makes one kernel of it
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # one kernel of it; out= has no gradient
         return torch.cat((past.index_select(0, parents), new), 1)
     whole = new.new_empty(len(new), past.shape[1] + new.shape[1], *new.shape[2:])
     torch.index_select(past, 0, parents, out=whole[:, : past.shape[1]])  # past[parents] would write it all twice

@@ -78,17 +78,12 @@ class Instrumented(GroupSampler):
 
     def __init__(self, policy, settings):
         super().__init__(policy, settings)
-        self.outputs, stream = {}, self.sampler.velocity
+        self.outputs = {}
 
-        def velocity(at, x, s, control=None):
-            v = stream(at, x, s, control)
-            if control is not None:  # a tangent of the same step
-                return v
-            step = [level for level, _ in self.sampler.levels].index(s)
-            zero = torch.zeros(1, requires_grad=True)
-            return v + self.outputs.setdefault((at.block, step), zero)
-
-        self.sampler.velocity = velocity
+    def _velocities(self, stream, x, s, parents, at):
+        v, moved = super()._velocities(stream, x, s, parents, at)
+        step = [level for level, _ in self.sampler.levels].index(s)
+        return v + self.outputs.setdefault((stream.block, step), torch.zeros(1, requires_grad=True)), moved
 
 
 def learnt(policy, groups, replays):
