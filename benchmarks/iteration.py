@@ -88,8 +88,8 @@ def main() -> None:
     about = (
         "One iteration of 2 prompts of 6 blocks. A scored group is a group with an advantage of its own: one per block "
         "with trunk, frame and all, one per video with video, whose suffixes run to the end. Means of CPU-seconds over "
-        "`runs`; video takes every block in turn. Frames: rows x latent frames that the network evaluates, in the "
-        "rollout and in the learner (reference included)."
+        "`runs`; video takes every block in turn. Frames: rows x latent frames that the policy evaluates, in the "
+        "rollout and in the learner (where the frozen reference evaluates as many again)."
     )
     write("iteration", about, rows, figures(rows))
 

@@ -69,7 +69,7 @@ class CausalWan(nn.Module):
     ) -> Tensor:
         """Velocity of the next block. x [B, channels, f, h, w]; t: time in 0..1000, scalar or [B]; leaves the cache
         alone. parents int64 [B]: which row of the cache each x continues (None: its own), so that forks need no copy
-        of it; without gradient.
+        of it.
         """
         return self._stream(x, t, text, cache, parents=parents)[0]
 
