@@ -73,6 +73,7 @@ class WanCodec(nn.Module):
             for all_rows, part in zip(whole, parts):
                 if part is not None:
                     all_rows[own] = part
+            del frames, after, parts, part  # else they are there while the next rows are decoded
         return whole[0], tuple(whole[1:])
 
     def _decode(self, latents: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from policy.causal import freeze
@@ -93,23 +94,28 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 class _Storages(TorchDispatchMode):
+    """Sizes of the storages made under it; those that operations read and it has not seen made are none of them."""
+
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, int] = {}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        for read in tree_leaves((args, kwargs)):
+            if isinstance(read, torch.Tensor):
+                self._add(read.untyped_storage(), 0)
         result = operation(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor):
+                self._add(made.untyped_storage(), made.untyped_storage().nbytes())
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata
         if key not in self.alive:
-            self.alive[key] = storage.nbytes()
-            self.now += storage.nbytes()
+            self.alive[key] = size
+            self.now += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._drop, key)
 

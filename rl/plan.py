@@ -137,7 +137,7 @@ def block_pass_bytes(s: Shape, frames: int, past: int, after: int | None = None)
     """
     b, e = s.bytes, float(frames * s.tokens * s.width)
     one_layer = kv_bytes(s, past + frames) / s.layers
-    transient = (2 * b + 8) * e + max(5 * b * e + one_layer, 2 * b * e * s.ffn / s.width)
+    transient = (2 * b + 8) * e + max(2 * b * e + one_layer, 2 * b * e * s.ffn / s.width)
     if after is None:
         return transient
     evicted = one_layer / 2 if after < past + frames else 0.0  # keys or values of a layer, before they are
@@ -149,23 +149,27 @@ def rollout_parts(s: Shape, codec: CodecCost, work: Work) -> list[Part]:
     last = len(s.sizes) - 1
     frames, before, past = max(s.sizes), s.past(last - 1), s.past(last)
     prompts = work.prompts_per_task
-    rows = prompts if work.branching else prompts * work.group
+    members = prompts * work.group
+    rows = prompts if work.branching else members
     probes = rows * 2 * frames if work.tangent else 0
-    forks = max(probes, prompts * work.group) if work.branching else probes
-    copies = rows + forks if rows > 1 else 0  # the selected rows, then their forks; those of a single row share
-    step = max(rows, forks) * block_pass_bytes(s, frames, past)
-    appending = prompts * work.group if work.select == "video" or work.horizon else rows
+    twigs = members if work.branching else 0
+    forks = twigs if work.select == "video" or work.horizon else 0  # those that outlive their block and need a past
+    step = (rows + max(probes, twigs)) * block_pass_bytes(s, frames, past)
     grown = kv_bytes(s, past - before)  # the last context pass starts from a cache smaller by this
-    append = appending * (block_pass_bytes(s, frames, before, past) - grown)
+    append = max(rows, forks) * (block_pass_bytes(s, frames, before, past) - grown)
+    actions = 1 if work.select == "video" else last * (s.steps - 1 if work.select == "all" else 1)
+    latents = 4.0 * frames * s.tokens * s.outputs  # bytes of a block
+    kept = actions * (2 + (2 * frames if work.tangent else 1)) * latents  # per action: states, directions, coordinates
     key = "rollout.group_size"
     return [
         Part("rollout", "weights", s.bytes * s.weights, "policy"),
         Part("rollout", "codec", codec.weights, "policy"),
         Part("rollout", "KV cache", rows * kv_bytes(s, past), "rollout.prompts_per_task" if work.branching else key),
-        Part("rollout", "KV cache of the forks", copies * kv_bytes(s, past), key),
-        Part("rollout", "codec memory", (rows + copies) * codec.state, key),
+        Part("rollout", "KV cache of the forks", forks * kv_bytes(s, past), key),
+        Part("rollout", "codec memory", (2 * rows + twigs) * codec.state, key),
+        Part("rollout", "replays", rows * kept, key),
         Part("rollout", "denoising pass", max(step, append), key, "pass"),
-        Part("rollout", "decoding", codec.decode_bytes(prompts * work.group), key, "decode"),
+        Part("rollout", "decoding", codec.decode_bytes(rows + twigs), key, "decode"),
     ]
 
 
