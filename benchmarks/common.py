@@ -72,9 +72,7 @@ class BareLearner(Learner):
         net, s = self.policy.net, self.settings
         self.rank, self.reference = rank, self.policy.reference()
         freeze(net.model, s.freeze)
-        trained = [p for p in net.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
-        self.engine = BareEngine(net, optimizer, s.grad_clip)
+        self.engine = BareEngine(net, self._optimizer()(net.parameters()), s.grad_clip)
         self.averaged = {name: p.detach().clone() for name, p in self.policy.state_dict().items()}
 
 

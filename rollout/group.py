@@ -193,11 +193,11 @@ class GroupSampler:
         """The network at all states x; for `tangent` also at those in `at` with moved drags, [n, D, C, f, h, w]."""
         control = self.sampler.control(stream).index_select(0, parents)
         if self.settings.explore != "tangent" or not len(at):
-            return self.sampler.forked_velocity(stream, x, control, s, parents), None
+            return self.sampler.velocity(stream, x, s, control, parents), None
         moved = self._moved_control(stream, parents[at])
         wide = at.repeat_interleave(moved.shape[1])
         x_wide, parents_wide = torch.cat((x, x[wide])), torch.cat((parents, parents[wide]))
-        v = self.sampler.forked_velocity(stream, x_wide, torch.cat((control, moved.flatten(0, 1))), s, parents_wide)
+        v = self.sampler.velocity(stream, x_wide, s, torch.cat((control, moved.flatten(0, 1))), parents_wide)
         return v[: len(x)], v[len(x) :].unflatten(0, moved.shape[:2])
 
     def _moved_control(self, stream: Stream, rows: Tensor) -> Tensor:

@@ -98,15 +98,16 @@ class Sampler:
         """Of the stream's next block, [B, Cc, f, h, w]."""
         return stream.control[:, :, self.frames[stream.block]]
 
-    def velocity(self, stream: Stream, x: Tensor, s: float) -> Tensor:
-        """The network at state x [B, C, f, h, w] of the stream's next block, at noise level s."""
-        return self.policy.net.block(torch.cat((x, self.control(stream)), 1), s * 1000, stream.text, stream.cache)
+    def velocity(
+        self, stream: Stream, x: Tensor, s: float, control: Tensor | None = None, parents: Tensor | None = None
+    ) -> Tensor:
+        """The network at states x [R, C, f, h, w] of the stream's next block, at noise level s.
 
-    def forked_velocity(self, stream: Stream, x: Tensor, control: Tensor, s: float, parents: Tensor) -> Tensor:
-        """The same for any number of states x [R, C, f, h, w] under controls [R, Cc, f, h, w]; parents int64 [R]: the
-        rows of the stream that they continue, which are not copied.
+        control [R, Cc, f, h, w]: None = the stream's. parents int64 [R]: the rows of the stream that the states
+        continue, which are not copied; None = each its own.
         """
-        text = rows_of(stream.text, parents)
+        text = stream.text if parents is None else rows_of(stream.text, parents)
+        control = self.control(stream) if control is None else control
         return self.policy.net.block(torch.cat((x, control), 1), s * 1000, text, stream.cache, parents)
 
     def advance(self, x: Tensor, v: Tensor, step: int, plans: Sequence[NoisePlan], block: int) -> Tensor:

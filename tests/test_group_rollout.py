@@ -220,9 +220,9 @@ def test_forks_read_the_cache_of_their_parents():
     stream, _ = sampler.begin(some)
     x, parents = torch.randn(5, 8, 2, 4, 4), torch.tensor([1, 0, 0, 1, 1])
     control = sampler.control(stream)[parents]
-    v = sampler.forked_velocity(stream, x, control, 0.5, parents)
+    v = sampler.velocity(stream, x, 0.5, control, parents)
     assert difference(v, sampler.velocity(stream.rows(parents), x, 0.5)) < 1e-6
-    assert difference(v, sampler.forked_velocity(stream, x, control, 0.5, parents.flip(0) * 0)) > 1e-3
+    assert difference(v, sampler.velocity(stream, x, 0.5, control, parents.flip(0) * 0)) > 1e-3
 
 
 @pytest.mark.slow
