@@ -1,6 +1,6 @@
-"""SIGTERM (`ray job stop`, Kubernetes) and SIGINT (Ctrl-C) end a run between two steps, so that nothing trained is lost.
+"""SIGTERM (`ray job stop`, Kubernetes) and SIGINT (Ctrl-C) end a run so that nothing it trained is lost.
 
-The handler only takes note. `check` raises Stopped where a wait can be given up (`rl.fleet.as_completed`: rollouts,
+The handler only takes note. `check` raises Stopped where a wait may be given up (`rl.fleet.as_completed`: rollouts,
 rewards, evaluations); an update, a weight sync and a checkpoint are finished. A second signal ends the process at once.
 """
 
