@@ -21,12 +21,14 @@ from policy.policy import PolicySource, load_policy
 from policy.transition import Kernel
 from rl.advantage import Advantages
 from rl.objective import adapt_beta, clipped_ratio_loss, gradient_scale, ratio_norm, spread, velocity_divergence
+from rl.rng import load_rng, save_rng
 from rl.weights import Weights, pack
 from rollout.records import Replay
 from rollout.replay import ReplayBatch, batches
 
 AVERAGED = "learner/averaged.safetensors"
 """The averaged weights in float32, in checkpoints of a policy of bfloat16."""
+RNG = "learner/rng_{rank}.pt"
 
 
 @dataclass(frozen=True)
@@ -272,8 +274,9 @@ class Learner:
         """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/; all ranks must call.
         Returns the version."""
         root = Path(path)
-        client = {"version": self.version, "rng": {"torch": torch.get_rng_state()}, "beta": self.beta}
+        client = {"version": self.version, "beta": self.beta}
         self.engine.save_checkpoint(str(root / "learner"), tag="engine", client_state=client, save_latest=False)
+        save_rng(root / RNG.format(rank=self.rank))  # the engine keeps rank 0's client state alone
         if self.rank == 0:
             save_file(self._state(averaged=True), root / "policy.safetensors")
             if self.settings.bf16:
@@ -285,7 +288,7 @@ class Learner:
         root, s = Path(path), self.settings
         _, client = self.engine.load_checkpoint(str(root / "learner"), tag="engine")
         self.version = client["version"]
-        torch.set_rng_state(client["rng"]["torch"])
+        load_rng(root / RNG.format(rank=self.rank))
         if s.kl_target:
             self.beta = client["beta"]
         averaged = root / (AVERAGED if s.bf16 else "policy.safetensors")
