@@ -92,11 +92,10 @@ class DrawingLearner(Learner):
 
 @pytest.mark.slow
 def test_each_of_two_ranks_resumes_its_own_generators_and_share_of_the_optimizer(request, ray_local, tmp_path):
-    policy_path, experience = (request.getfixturevalue(name) for name in ("policy_path", "experience"))
-    chunks, advantages = experience
+    path, (chunks, advantages) = (request.getfixturevalue(name) for name in ("policy_path", "experience"))
     rows = [([chunks[rank]], advantages) for rank in range(2)]
     spec = FleetSpec("learner", replicas=2, timeout_s=120, start_timeout_s=240, replace=False)
-    args = (policy_path, None, KERNEL, settings(zero_stage=2, ratio_tolerance=10.0), 2)
+    args = (path, None, KERNEL, settings(zero_stage=2, ratio_tolerance=10.0), 2)
     found = []
     for resumed in (False, True):
         with closing(make_fleet("ray", DrawingLearner, spec, args)) as (ranks,):
