@@ -22,6 +22,7 @@ from policy.policy import PolicySource, load_policy
 from policy.transition import Kernel
 from rl.advantage import Advantages
 from rl.objective import adapt_beta, clipped_ratio_loss, gradient_scale, ratio_norm, spread, velocity_divergence
+from rl.rng import load_rng, save_rng
 from rl.shards import GATHERED, held, part_of, whole
 from rl.weights import Weights, pack
 from rollout.records import Replay
@@ -29,6 +30,7 @@ from rollout.replay import ReplayBatch, batches, in_parts
 
 AVERAGED = "learner/averaged.safetensors"
 """The averaged weights in float32, in checkpoints of a policy of bfloat16."""
+RNG = "learner/rng_{rank}.pt"
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,9 @@ class Learner:
             self.averaged[name].lerp_(held(p).float(), 1 - self.settings.ema)
 
     def _state(self, averaged: bool) -> dict[str, Tensor]:
-        """The present weights, or the averaged ones in float32, whole, on the CPU; empty on all ranks but 0. All must call."""
+        """The present weights, or the averaged ones in float32, whole, on the CPU; empty on all ranks but 0, and all
+        must call.
+        """
         state = {}
         for name, p in self.policy.weights().items():
             tensor = whole(p, self.averaged[name] if averaged else held(p))
@@ -290,23 +294,26 @@ class Learner:
         state = self._typed(self._state(averaged))
         return pack(state, self.version) if self.rank == 0 else None
 
-    def save(self, path: str) -> None:
-        """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/; all ranks must call."""
+    def save(self, path: str) -> int:
+        """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/; all ranks must call.
+        Returns the version."""
         root = Path(path)
-        client = {"version": self.version, "rng": {"torch": torch.get_rng_state()}, "beta": self.beta}
+        client = {"version": self.version, "beta": self.beta}
         self.engine.save_checkpoint(str(root / "learner"), tag="engine", client_state=client, save_latest=False)
+        save_rng(root / RNG.format(rank=self.rank))  # the engine keeps rank 0's client state alone
         averaged = self._state(averaged=True)
         if self.rank == 0:
             save_file(self._typed(averaged), root / "policy.safetensors")
             if self.settings.bf16:
                 save_file(averaged, root / AVERAGED)
+        return self.version
 
     def load(self, path: str) -> int:
         """Restores what `save` wrote; returns the version."""
         root, s = Path(path), self.settings
         _, client = self.engine.load_checkpoint(str(root / "learner"), tag="engine")
         self.version = client["version"]
-        torch.set_rng_state(client["rng"]["torch"])
+        load_rng(root / RNG.format(rank=self.rank))
         if s.kl_target:
             self.beta = client["beta"]
         averaged = root / (AVERAGED if s.bf16 else "policy.safetensors")
