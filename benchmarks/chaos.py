@@ -38,7 +38,7 @@ SMALL = (
     "train.checkpoint_every=1",
     "rollout.prompts_per_iteration=2",
     "rollout.prompts_per_task=1",
-    "rollout.group_size=4",
+    "rollout.group_size=2",
     "evaluate.prompts=2",
     "evaluate.batch=1",
     "evaluate.strips=1",
@@ -125,7 +125,9 @@ def checkpoints(run: Path) -> tuple[int, bool]:
     return int(newest.name.split("_")[1]) if newest else 0, any(root.glob(".partial_*"))
 
 
-def kill_the_driver(run: Path, kills: int, start_s: float, iteration_s: float, *overrides: str) -> list[dict[str, Any]]:
+def kill_the_driver(
+    run: Path, kills: int, iterations: int, start_s: float, iteration_s: float, *overrides: str
+) -> list[dict[str, Any]]:
     """A row per life; most die after a few iterations, some while they start."""
     draw, rows = random.Random(0), []
     for number in range(kills + 1):
@@ -133,7 +135,7 @@ def kill_the_driver(run: Path, kills: int, start_s: float, iteration_s: float, *
         life, last = Life(run, run.with_name(f"life_{number}.log"), *overrides), number == kills
         if last:
             life.end()
-        elif draw.random() < 0.25:
+        elif draw.random() < 0.25 or before + 4 > iterations:  # it shall not end before it is killed
             time.sleep(draw.uniform(0.1, 1) * start_s)
         else:
             life.until_iteration(draw.randint(1, 2))
@@ -181,7 +183,7 @@ def measure(kills: int, iterations: int, *overrides: str) -> tuple[list[dict[str
         life.end()
         times = [json.loads(line) for line in (calm / "metrics.jsonl").read_text().splitlines()]
         iteration_s = statistics.median(sum(v for k, v in line.items() if k.startswith("time/")) for line in times)
-        rows = kill_the_driver(hunted, kills, first - life.started, iteration_s, *more)
+        rows = kill_the_driver(hunted, kills, iterations, first - life.started, iteration_s, *more)
         waits = kill_workers(maimed, *more, "cluster.rollout.replicas=2", "cluster.reward.replicas=2")
         with closing(sqlite3.connect(home / "mlflow.db")) as store:
             (runs,) = store.execute("select count(*) from runs").fetchone()
@@ -203,10 +205,10 @@ def measure(kills: int, iterations: int, *overrides: str) -> tuple[list[dict[str
 
 def main() -> None:
     started = time.monotonic()
-    rows, figures = measure(kills=10, iterations=40)
+    rows, figures = measure(kills=10, iterations=24)
     minutes = figure("minutes in all", (time.monotonic() - started) / 60, "<= 15")
     about = (
-        "A training of 40 iterations on a private Ray (one rollout worker, one reward worker, one DeepSpeed rank): its "
+        "A training of 24 iterations on a private Ray (one rollout worker, one reward worker, one DeepSpeed rank): its "
         "driver is killed with SIGKILL at random moments and resumed with the same command. Then one with two rollout "
         "and two reward workers, of each of which one is killed. Equal means bit for bit: the last weights, and the "
         "metrics of every iteration."
