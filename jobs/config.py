@@ -164,9 +164,14 @@ class ClusterConfig:
 
 @dataclass
 class TrackingConfig:
+    """system_metrics: log what every node is busy with. register: the name in MLflow's model registry under which the
+    tuned policy is exported with its report; null = it is not."""
+
     uri: str | None
     experiment: str
     required: bool
+    system_metrics: bool
+    register: str | None
 
 
 @dataclass
