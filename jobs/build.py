@@ -31,7 +31,7 @@ from rollout.prompts import DragPrompt
 
 def validate(c: TrainConfig) -> Settings:
     """Checks what no single key can: raises ConfigError naming the keys, before anything is started."""
-    r, l = c.rollout, c.learner
+    r, l, a = c.rollout, c.learner, getattr(c, "async")
     settings = policy_source(c.policy).settings()
     blocks, terms = len(settings.sizes) - 1, read_terms(c.rewards)
     rules = [
@@ -72,6 +72,8 @@ def validate(c: TrainConfig) -> Settings:
             l.kl_target is None or (l.kl_target > 0 and l.beta > 0),
             f"learner.kl_target={l.kl_target} (null: beta stays) must be above 0, and learner.beta={l.beta} too",
         ),
+        (a.max_staleness >= 0, f"async.max_staleness={a.max_staleness} must be at least 0"),
+        (a.weight_cap >= 1, f"async.weight_cap={a.weight_cap} must be at least 1, the weight of a fresh group"),
         (l.advantage_std in STDS, f"learner.advantage_std={l.advantage_std} is none of {', '.join(STDS)}"),
         (
             l.best_and_worst is None or 1 <= l.best_and_worst <= r.group_size // 2,
@@ -151,11 +153,12 @@ def loop_settings(c: TrainConfig) -> LoopSettings:
         evaluate_every=c.evaluate.every,
         advantage_std=c.learner.advantage_std,
         best_and_worst=c.learner.best_and_worst,
+        max_staleness=getattr(c, "async").max_staleness,
     )
 
 
 def learner_settings(c: TrainConfig) -> LearnerSettings:
-    return settings_of(LearnerSettings, c.learner)
+    return settings_of(LearnerSettings, c.learner, getattr(c, "async"))
 
 
 def first_prompt(c: TrainConfig, settings: Settings) -> DragPrompt:

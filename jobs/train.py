@@ -26,7 +26,7 @@ from jobs.config import TrainConfig
 from rl import checkpoint
 from rl.fleet import closing
 from rl.hack_watch import HackWatch
-from rl.loop import Fleets
+from rl.pipeline import Fleets
 from rl.run import HeldOut, Output, run
 from rl.run_folder import RunFolder
 from rl.stop import stopping

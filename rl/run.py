@@ -15,7 +15,8 @@ from rl.evaluation import compare, stack
 from rl.fleet import Fleet, as_completed, fetch
 from rl.hack_watch import HackWatch
 from rl.judges import Judges
-from rl.loop import Clock, Fleets, LoopSettings, synchronise, train
+from rl.loop import Clock, LoopSettings, train
+from rl.pipeline import Fleets, synchronise
 from rl.progress import Progress
 from rl.report import figures, filmstrip, side_by_side, write_mp4, write_report
 from rl.run_folder import RunFolder
@@ -108,13 +109,14 @@ def run(
                 watch.draw(step, measured.metrics, measured.film, tracking, output.fps)
         return measured.metrics, measured.films(), stop
 
-    start = 0
+    held = [0]
     if resume is not None:
-        start = fetch(fleets.learner.broadcast("load", str(resume)))[0]
+        held = fetch(fleets.learner.broadcast("load", str(resume)))[0]
+    start = held[-1]
+    if resume is not None:
         folder.truncate_after(start)
         watch.resume(start)
     base, base_films, _ = look(0)
-    synchronise(fleets)
 
     last, done, saved = settings.iterations, start, start
     with Progress(settings.iterations, start) as progress:
@@ -146,12 +148,11 @@ def run(
             nonlocal last
             synchronise(fleets, averaged=True)
             stop = look(step)[2]
-            synchronise(fleets)
             last = step if stop else last
             return stop
 
         try:
-            seconds = train(fleets, terms, settings, start, log, save, evaluate).seconds
+            seconds = train(fleets, terms, settings, held, log, save, evaluate).seconds
         except Stopped:
             save(done)
             raise

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from policy.policy import DragPolicy
@@ -22,6 +25,15 @@ class Weights:
     version: int
     digest: str
     arrays: Mapping[str, np.ndarray]
+
+    def save(self, path: Path) -> None:
+        save_file(dict(self.arrays), path, {"version": str(self.version), "digest": self.digest})
+
+    @classmethod
+    def load(cls, path: Path) -> Weights:
+        with safe_open(path, "numpy") as file:
+            about, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return cls(int(about["version"]), about["digest"], arrays)
 
 
 def pack(state: Mapping[str, Tensor], version: int) -> Weights:
