@@ -105,7 +105,7 @@ def train(
                 **{f"train/{name}": float(np.mean([s[name] for s in stats])) for name in stats[0]},
                 **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
                 "async/staleness": float(number - iteration.version),
-                "async/scored_ahead": float(ahead),
+                "system/scored_ahead": float(ahead),
                 "masked/chunks": float(judged.lost),
                 "system/restarts": float(sum(f.restarts for f in (fleets.rollout, fleets.judges, fleets.learner))),
                 "system/recycled": float(fleets.judges.recycled),
