@@ -47,8 +47,9 @@ def main(config: TrainConfig) -> None:
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))
     folder.write_config(OmegaConf.to_yaml(values))
     e, t, spool = config.evaluate, config.tracking, folder.path / "tracking"
+    tags = {"job": "train", **({"mlflow.parentRunId": t.parent} if t.parent else {})}
     with (
-        Tracking.open(t.uri, t.experiment, run_id, params=values, tags={"job": "train"}, required=t.required,
+        Tracking.open(t.uri, t.experiment, run_id, params=values, tags=tags, required=t.required,
                       spool=spool) as tracking,
         session(config),
         closing(make_rollout_fleet(config, settings), make_judges(config), make_learner(config)) as parts,
