@@ -189,9 +189,12 @@ class EvaluateConfig:
 
 @dataclass
 class LoopConfig:
+    """grace_s: from SIGTERM or SIGINT until the process ends, whatever it still does."""
+
     iterations: int
     checkpoint_every: int
     keep_checkpoints: int
+    grace_s: float
 
 
 @dataclass

@@ -26,8 +26,8 @@ from rl.fleet import FleetSpec
 
 LEFT_BEHIND = (".git", ".ci", ".venv", "outputs", "mlruns", "mlflow.db", "tests", "docs", "benchmarks")
 """Of the repository's root, what does not travel with a job; neither does what .gitignore names."""
-STOP_WAIT_S = 120
-"""From `ray job stop` to the job's SIGKILL, in which it writes a checkpoint; Ray's own 3 s are too few."""
+MARGIN_S = 15
+"""From the end of train.grace_s, in which a stopped job writes its checkpoint, to its SIGKILL."""
 SECRET = re.compile(r"(token|password|passwd|secret|credential|(api|access|private)_?key)s?$", re.IGNORECASE)
 URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
@@ -47,7 +47,8 @@ class RayJob:
 
     @property
     def env_vars(self) -> dict[str, str]:
-        return {"OMP_NUM_THREADS": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **self.env}
+        wait_s = round(self.config.train.grace_s) + MARGIN_S
+        return {"OMP_NUM_THREADS": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(wait_s), **self.env}
 
     @property
     def runtime_env(self) -> dict[str, Any]:

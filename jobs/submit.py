@@ -76,8 +76,11 @@ def submit(args: argparse.Namespace) -> int:
     if len(jobs) > 1:
         jobs = under_one_parent(jobs)
     for job in jobs:
-        client.submit_job(entrypoint=job.entrypoint, submission_id=job.name, runtime_env=job.runtime_env,
-                          metadata=job.metadata)  # fmt: skip
+        try:
+            client.submit_job(entrypoint=job.entrypoint, submission_id=job.name, runtime_env=job.runtime_env,
+                              metadata=job.metadata)  # fmt: skip
+        except RuntimeError as error:
+            raise ConfigError(f"the cluster does not take {job.name}: {error}") from error
         print(f"submitted {job.name}: {job.entrypoint}\n  stop it with: ray job stop --address {args.address} {job.name}",
               flush=True)  # fmt: skip
     if args.no_wait:

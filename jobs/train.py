@@ -29,6 +29,7 @@ from rl.hack_watch import HackWatch
 from rl.loop import Fleets
 from rl.run import HeldOut, Output, run
 from rl.run_folder import RunFolder
+from rl.stop import stopping
 from rl.tracking import Tracking
 
 
@@ -39,7 +40,7 @@ def main(config: TrainConfig) -> None:
     resume, warnings = checkpoint.resolve(config.resume, folder.checkpoints)
     for warning in warnings:
         print(f"warning: {warning}")
-    if resume is None and any(folder.checkpoints.iterdir()):
+    if resume is None and any(folder.checkpoints.glob("step_*")):
         raise ConfigError(
             f"run_dir={folder.path} holds checkpoints; resume=auto goes on from them, or choose another run_dir"
         )
@@ -49,6 +50,7 @@ def main(config: TrainConfig) -> None:
     e, t, spool = config.evaluate, config.tracking, folder.path / "tracking"
     tags = {"job": "train", **({"mlflow.parentRunId": t.parent} if t.parent else {})}
     with (
+        stopping(config.train.grace_s, f"the same command with run_dir={folder.path} goes on"),
         Tracking.open(t.uri, t.experiment, run_id, params=values, tags=tags, required=t.required,
                       spool=spool) as tracking,
         session(config),

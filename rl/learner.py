@@ -268,8 +268,9 @@ class Learner:
         """Rank 0: the present (or averaged) weights; other ranks: None."""
         return pack(self._state(averaged), self.version) if self.rank == 0 else None
 
-    def save(self, path: str) -> None:
-        """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/; all ranks must call."""
+    def save(self, path: str) -> int:
+        """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/; all ranks must call.
+        Returns the version."""
         root = Path(path)
         client = {"version": self.version, "rng": {"torch": torch.get_rng_state()}, "beta": self.beta}
         self.engine.save_checkpoint(str(root / "learner"), tag="engine", client_state=client, save_latest=False)
@@ -277,6 +278,7 @@ class Learner:
             save_file(self._state(averaged=True), root / "policy.safetensors")
             if self.settings.bf16:
                 save_file(self.averaged, root / AVERAGED)
+        return self.version
 
     def load(self, path: str) -> int:
         """Restores what `save` wrote; returns the version."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rl.loop import Clock, Fleets, LoopSettings, synchronise, train
 from rl.progress import Progress
 from rl.report import figures, filmstrip, side_by_side, write_mp4, write_report
 from rl.run_folder import RunFolder
+from rl.stop import Stopped
 from rl.tracking import Tracking
 from rollout.prompts import DragPrompt
 from rollout.records import Films
@@ -95,7 +95,7 @@ def run(
     resume: Path | None,
 ) -> dict[str, Any]:
     """Measures the base, trains, measures the tuned policy, writes report.html and summary.json; returns the
-    summary.
+    summary. Where the run is asked to stop, what is trained is saved before Stopped passes.
     """
     started, clock = time.perf_counter(), Clock()
     folder, tracking = output.folder, output.tracking
@@ -116,20 +116,31 @@ def run(
     base, base_films, _ = look(0)
     synchronise(fleets)
 
-    last = settings.iterations
+    last, done, saved = settings.iterations, start, start
     with Progress(settings.iterations, start) as progress:
 
         def log(step: int, metrics: dict[str, float]) -> None:
+            nonlocal done
             folder.append(step, metrics)
             tracking.log(metrics, step)
             progress.update(metrics)
+            done = step
 
         def save(step: int) -> None:
+            nonlocal saved
+            if step == saved:
+                return
+
+            def write(path: Path) -> None:
+                versions = fetch(fleets.learner.broadcast("save", str(path)))
+                if versions != [step] * len(versions):
+                    raise RuntimeError(f"the learner's ranks hold versions {versions}, not {step}")
+
             folder.sync()
             manifest = {"mlflow_run_id": tracking.run_id, "seed": settings.seed}
-            write: Callable[[Path], Any] = lambda path: fleets.learner.broadcast("save", str(path))  # noqa: E731
             checkpoint.save(folder.checkpoints, step, write, manifest)
             checkpoint.prune(folder.checkpoints, output.keep)
+            saved = step
 
         def evaluate(step: int) -> bool:
             nonlocal last
@@ -139,7 +150,11 @@ def run(
             last = step if stop else last
             return stop
 
-        seconds = train(fleets, terms, settings, start, log, save, evaluate).seconds
+        try:
+            seconds = train(fleets, terms, settings, start, log, save, evaluate).seconds
+        except Stopped:
+            save(done)
+            raise
 
     synchronise(fleets, averaged=True)
     tuned, tuned_films, _ = look(last)

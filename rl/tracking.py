@@ -152,7 +152,10 @@ class Tracking:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         killed = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
-        self.close("FINISHED" if kind is None else "KILLED" if killed else "FAILED")
+        if killed:  # by somebody who waits
+            self.close("KILLED", timeout=5)
+        else:
+            self.close("FINISHED" if kind is None else "FAILED")
 
     def _put(self, kind: str, step: int, **fields: Any) -> None:
         if self.uri is None:
