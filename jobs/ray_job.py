@@ -23,6 +23,7 @@ from jobs.build import fleet_specs, validate
 from jobs.cli import ROOT, ConfigError
 from jobs.config import TrainConfig
 from rl.fleet import FleetSpec
+from rl.tracking import flatten
 
 LEFT_BEHIND = (".git", ".ci", ".venv", "outputs", "mlruns", "mlflow.db", "tests", "docs", "benchmarks")
 """Of the repository's root, what does not travel with a job; neither does what .gitignore names."""
@@ -79,7 +80,9 @@ def make_job(overrides: Sequence[str], name: str | None = None, env: Mapping[str
     validate(config)
     check_paths(config)
     if (config.cluster.backend, config.cluster.address) != ("ray", "auto"):
-        raise ConfigError("a submitted job joins its own cluster: leave out cluster.address, and give cluster=ray or none")
+        raise ConfigError(
+            "a submitted job joins its own cluster: leave out cluster.address, and give cluster=ray or none"
+        )
     name = name or f"train-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
     return RayJob(name, tuple(overrides), config, env or {})
 
@@ -107,24 +110,14 @@ def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
 
 def refuse_secrets(config: TrainConfig, env: Mapping[str, str]) -> None:
     """Overrides and runtime environments are shown in Ray's dashboard and kept in its logs."""
-    values = dict(_leaves("", OmegaConf.to_container(OmegaConf.structured(config)))) | dict(_leaves("--env ", dict(env)))
-    for key, value in values.items():
-        named = SECRET.search(key) and value not in (None, "")
-        if named or (isinstance(value, str) and URL_WITH_PASSWORD.search(value)):
+    values = flatten(OmegaConf.to_container(OmegaConf.structured(config)))
+    for key, value in (values | {f"--env {name}": value for name, value in env.items()}).items():
+        if (SECRET.search(key) and value not in ("", "None")) or URL_WITH_PASSWORD.search(value):
             raise ConfigError(
-                f"{key} looks like a secret, and a job's settings are shown to all who see the cluster: put it into the "
-                "environment of the cluster's processes (a Secret of the pods; MLflow reads "
+                f"{key} looks like a secret, and a job's settings are shown to all who see the cluster: put it into "
+                "the environment of the cluster's processes (a Secret of the pods; MLflow reads "
                 "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD and MLFLOW_TRACKING_TOKEN) or a mounted file"
             )
-
-
-def _leaves(key: str, value: Any) -> Any:
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, item in items:
-            yield from _leaves(f"{key}{'.' * (key[-1:] not in ('', ' '))}{name}", item)
-    else:
-        yield key, value
 
 
 def check_paths(c: TrainConfig) -> None:
@@ -155,8 +148,10 @@ def check_paths(c: TrainConfig) -> None:
                 raise ConfigError(f"{key}={path} does not exist in {ROOT}")
     for key, path in written.items():
         if path and not Path(path).is_absolute():
-            raise ConfigError(f"{key}={path} would be lost with the job's own folder; give an absolute path that every "
-                              "node sees" + ", the address of an MLflow server, or null" * (key == "tracking.uri"))  # fmt: skip
+            raise ConfigError(
+                f"{key}={path} would be lost with the job's own folder; give an absolute path that every node sees"
+                + ", the address of an MLflow server, or null" * (key == "tracking.uri")
+            )
 
 
 def shortage(specs: Sequence[FleetSpec], nodes: Sequence[Mapping[str, float]]) -> str:

@@ -59,7 +59,10 @@ def parser() -> argparse.ArgumentParser:
 def submit(args: argparse.Namespace) -> int:
     """The exit status. Raises ConfigError where nothing was submitted."""
     env = dict(pair.partition("=")[::2] for pair in args.env)
-    jobs = [make_job(overrides, args.name, env) for overrides in (expand(args.overrides) if args.sweep else [args.overrides])]
+    jobs = [
+        make_job(overrides, args.name, env)
+        for overrides in (expand(args.overrides) if args.sweep else [args.overrides])
+    ]
     if args.sweep:
         jobs = [replace(job, name=f"{jobs[0].name}-{i}") for i, job in enumerate(jobs)]
     client = connect(args.address, needed=not args.dry_run)
@@ -70,7 +73,9 @@ def submit(args: argparse.Namespace) -> int:
         raise ConfigError(f"{problem}; --anyway submits all the same")
     if args.dry_run:
         for job in jobs:
-            print(yaml.safe_dump({job.name: {"entrypoint": job.entrypoint, "runtime_env": job.runtime_env}}, width=1000))
+            print(
+                yaml.safe_dump({job.name: {"entrypoint": job.entrypoint, "runtime_env": job.runtime_env}}, width=1000)
+            )
         return 0
     refuse_running(client, jobs)
     if len(jobs) > 1:
@@ -81,8 +86,8 @@ def submit(args: argparse.Namespace) -> int:
                               metadata=job.metadata)  # fmt: skip
         except RuntimeError as error:
             raise ConfigError(f"the cluster does not take {job.name}: {error}") from error
-        print(f"submitted {job.name}: {job.entrypoint}\n  stop it with: ray job stop --address {args.address} {job.name}",
-              flush=True)  # fmt: skip
+        print(f"submitted {job.name}: {job.entrypoint}")
+        print(f"  stop it with: ray job stop --address {args.address} {job.name}", flush=True)
     if args.no_wait:
         return 0
     return max(EXIT[follow(client, job.name, show=len(jobs) == 1)] for job in jobs)
@@ -92,8 +97,10 @@ def connect(address: str, needed: bool) -> JobSubmissionClient | None:
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise ConfigError(f"the cluster at {address} asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to "
-                          "the file that holds it if that is not ~/.ray/auth_token") from error  # fmt: skip
+        raise ConfigError(
+            f"the cluster at {address} asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file "
+            "that holds it if that is not ~/.ray/auth_token"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         if not needed:
             print(f"no Ray cluster answers at {address}; what it has is not known")

@@ -5,7 +5,6 @@ python -m jobs.train train.iterations=60 seed=1
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from jobs.build import (
 )
 from jobs.cli import ConfigError, job
 from jobs.config import TrainConfig
+from jobs.resume import changes
 from rl import checkpoint
 from rl.fleet import closing
 from rl.hack_watch import HackWatch
@@ -44,20 +44,23 @@ def main(config: TrainConfig) -> None:
         raise ConfigError(
             f"run_dir={folder.path} holds checkpoints; resume=auto goes on from them, or choose another run_dir"
         )
-    run_id = json.loads((resume / "manifest.json").read_text()).get("mlflow_run_id") if resume else None
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))
+    manifest = checkpoint.read_manifest(resume) if resume else {}
+    tags = {"job": "train"} | ({"mlflow.parentRunId": config.tracking.parent} if config.tracking.parent else {})
+    if changed := changes(manifest.get("config", values), values):
+        print("\n".join(f"changed: {line}" for line in changed))
+        tags["changed"] = "; ".join(changed)[:5000]
     folder.write_config(OmegaConf.to_yaml(values))
     e, t, spool = config.evaluate, config.tracking, folder.path / "tracking"
-    tags = {"job": "train", **({"mlflow.parentRunId": t.parent} if t.parent else {})}
     with (
         stopping(config.train.grace_s, f"the same command with run_dir={folder.path} goes on"),
-        Tracking.open(t.uri, t.experiment, run_id, params=values, tags=tags, required=t.required,
+        Tracking.open(t.uri, t.experiment, manifest.get("mlflow_run_id"), params=values, tags=tags, required=t.required,
                       spool=spool) as tracking,
         session(config),
         closing(make_rollout_fleet(config, settings), make_judges(config), make_learner(config)) as parts,
     ):  # fmt: skip
         parts[1].dry_run(first_prompt(config, settings))
-        output = Output(folder, tracking, config.train.keep_checkpoints, config.fps)
+        output = Output(folder, tracking, config.train.keep_checkpoints, config.fps, values)
         heldout = HeldOut(e.prompts, e.seed, e.batch, e.strips)
         watch = HackWatch(folder.path / "watch", term_weights(config), e.patience, e.stop)
         summary = run(Fleets(*parts), term_weights(config), loop_settings(config), heldout, watch, output, resume)

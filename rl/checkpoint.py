@@ -67,7 +67,7 @@ def save(root: Path, step: int, write: Callable[[Path], None], manifest: dict[st
 
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose every byte is as written. Raises CheckpointError naming the first defect."""
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -152,7 +152,8 @@ def _write_manifest(folder: Path, step: int, extra: dict[str, Any]) -> None:
     _fsync(folder)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `save` was given and added, without a look at the files. Raises CheckpointError where it is damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
@@ -172,7 +173,7 @@ def _by_age(root: Path) -> tuple[list[Path], dict[Path, str]]:
     saved_at, unreadable = {}, {}
     for folder in sorted(root.glob("step_*")):
         try:
-            saved_at[folder] = _read_manifest(folder)["saved_at"]
+            saved_at[folder] = read_manifest(folder)["saved_at"]
         except CheckpointError as error:
             unreadable[folder] = str(error)
     return sorted(saved_at, key=saved_at.get, reverse=True), unreadable

@@ -77,12 +77,14 @@ def measure(rollout: Fleet, judges: Judges, heldout: HeldOut) -> Measured:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run writes. keep: checkpoints that stay. fps: of its videos."""
+    """Where a run writes. keep: checkpoints that stay. fps: of its videos. config: goes into every checkpoint, for a
+    resume to compare with."""
 
     folder: RunFolder
     tracking: Tracking
     keep: int
     fps: float
+    config: dict[str, Any]
 
 
 def run(
@@ -137,7 +139,7 @@ def run(
                     raise RuntimeError(f"the learner's ranks hold versions {versions}, not {step}")
 
             folder.sync()
-            manifest = {"mlflow_run_id": tracking.run_id, "seed": settings.seed}
+            manifest = {"mlflow_run_id": tracking.run_id, "config": output.config}
             checkpoint.save(folder.checkpoints, step, write, manifest)
             checkpoint.prune(folder.checkpoints, output.keep)
             saved = step

@@ -19,6 +19,7 @@ class RunFolderError(ValueError):
 class RunFolder:
     """outputs/<job>/<timestamp>/{config.yaml, metrics.jsonl, checkpoints/, videos/, report.html, summary.json}.
 
+    config.yaml is the configuration of the latest start; config/segment_<k>.yaml are those before and after a change.
     metrics.jsonl holds one object per iteration: {"step": 3, "train/kl": 0.01, ...}, null where a value is not finite.
     Every method raises RunFolderError where the disk does not do what it should.
     """
@@ -26,6 +27,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.metrics, self.summary = path / "config.yaml", path / "metrics.jsonl", path / "summary.json"
+        self.segments = path / "config"
         self.checkpoints, self.videos, self.report = path / "checkpoints", path / "videos", path / "report.html"
 
     @classmethod
@@ -61,7 +63,13 @@ class RunFolder:
         return cls.open(Path(run_dir).resolve()) if run_dir else cls.create(Path("outputs").resolve(), job)
 
     def write_config(self, text: str) -> None:
+        """Of this start; a new segment if the one before had another."""
         write_atomically(self.config, text)
+        segments = sorted(self.segments.glob("segment_*.yaml"), key=lambda path: int(path.stem.split("_")[1]))
+        if not segments or segments[-1].read_text() != text:
+            with _disk(self.segments):
+                self.segments.mkdir(exist_ok=True)
+            write_atomically(self.segments / f"segment_{len(segments)}.yaml", text)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.summary, json.dumps(_finite(summary), indent=2) + "\n")

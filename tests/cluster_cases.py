@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +32,29 @@ class RunningCluster:
         return subprocess.Popen([BIN / words[0], *words[1:]], cwd=ROOT, env=self.env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
-    def run(self, *words: str, timeout_s: float = 240) -> tuple[int, str]:
+    def run(self, *words, timeout_s=240):
+        t = time.time(); r = self._run(*words, timeout_s=timeout_s); print(f"{time.time() - t:.1f}", words[:4], flush=True); return r
+
+    def _run(self, *words: str, timeout_s: float = 240) -> tuple[int, str]:
         with self.command(*words) as process:
-            output, _ = process.communicate(timeout=timeout_s)
+            try:
+                output, _ = process.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise AssertionError(f"{words} took over {timeout_s} s: {process.communicate()[0]}") from None
             return process.returncode, output
 
 
 @contextmanager
-def ray_head(home: Path, num_cpus: int = 5) -> Iterator[RunningCluster]:
+def ray_head(num_cpus: int = 5) -> Iterator[RunningCluster]:
     """Started here and ended with the block; other clusters of this machine are not touched, as `ray stop` would."""
+    with tempfile.TemporaryDirectory(
+        prefix="ray", dir="/tmp", ignore_cleanup_errors=True
+    ) as home:  # names of sockets are short
+        yield from _ray_head(Path(home), num_cpus)
+
+
+def _ray_head(home: Path, num_cpus: int) -> Iterator[RunningCluster]:
     sockets = [socket.create_server(("", 0)) for _ in range(5)]
     gcs, dashboard, agent, grpc, client = (one.getsockname()[1] for one in sockets)
     for one in sockets:
@@ -66,7 +81,7 @@ def ray_head(home: Path, num_cpus: int = 5) -> Iterator[RunningCluster]:
         yield cluster
     finally:
         process.terminate()  # ends the node's processes
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        finally:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
