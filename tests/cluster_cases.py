@@ -32,10 +32,7 @@ class RunningCluster:
         return subprocess.Popen([BIN / words[0], *words[1:]], cwd=ROOT, env=self.env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
-    def run(self, *words, timeout_s=240):
-        t = time.time(); r = self._run(*words, timeout_s=timeout_s); print(f"{time.time() - t:.1f}", words[:4], flush=True); return r
-
-    def _run(self, *words: str, timeout_s: float = 240) -> tuple[int, str]:
+    def run(self, *words: str, timeout_s: float = 240) -> tuple[int, str]:
         with self.command(*words) as process:
             try:
                 output, _ = process.communicate(timeout=timeout_s)
