@@ -36,6 +36,7 @@ SINGLE_THREADED = {name: "1" for name in ("OMP_NUM_THREADS", "OPENCV_FOR_THREADS
 GRACE_S = 5.0  # how long the other ranks of a failed call in lockstep may take to say what they saw
 PATIENCE_S = 5.0  # without a place: look why, and say so
 POLL_S = 1.0  # without news: let the caller look around, such as whether it is asked to stop
+FLEET = "DRAGLINE_FLEET"  # environment variable of a worker process: the name of its fleet
 READY, BUILD = "__ready__", "__build__"
 _LIVE: list[RayFleet] = []
 
@@ -326,7 +327,7 @@ class RayFleet(Fleet):
 
     def _spawn(self, index: int) -> _Replica:
         given = dict(self.spec.runtime_env)
-        environment = SINGLE_THREADED | given.get("env_vars", {}) | dict(self.spec.env)
+        environment = SINGLE_THREADED | {FLEET: self.spec.name} | given.get("env_vars", {}) | dict(self.spec.env)
         try:
             options = _Host.options(
                 num_cpus=self.spec.num_cpus,

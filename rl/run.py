@@ -11,6 +11,7 @@ import numpy as np
 
 from rl import checkpoint
 from rl.advantage import TermWeight
+from rl.checkpoint_store import CheckpointStore
 from rl.evaluation import compare, stack
 from rl.fleet import Fleet, as_completed, fetch
 from rl.hack_watch import HackWatch
@@ -77,12 +78,11 @@ def measure(rollout: Fleet, judges: Judges, heldout: HeldOut) -> Measured:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run writes. keep: checkpoints that stay. fps: of its videos. config: goes into every checkpoint, for a
-    resume to compare with."""
+    """Where a run writes. fps: of its videos. config: goes into every checkpoint, for a resume to compare with."""
 
     folder: RunFolder
     tracking: Tracking
-    keep: int
+    store: CheckpointStore
     fps: float
     config: dict[str, Any]
 
@@ -110,9 +110,11 @@ def run(
                 watch.draw(step, measured.metrics, measured.film, tracking, output.fps)
         return measured.metrics, measured.films(), stop
 
-    start = 0
+    start, best = 0, None
     if resume is not None:
         start = fetch(fleets.learner.broadcast("load", str(resume)))[0]
+        best = checkpoint.read_manifest(resume).get("best")
+        folder.restore(resume)
         folder.truncate_after(start)
         watch.resume(start)
     base, base_films, _ = look(0)
@@ -137,20 +139,27 @@ def run(
                 versions = fetch(fleets.learner.broadcast("save", str(path)))
                 if versions != [step] * len(versions):
                     raise RuntimeError(f"the learner's ranks hold versions {versions}, not {step}")
+                folder.keep(path)
 
             folder.sync()
-            manifest = {"mlflow_run_id": tracking.run_id, "config": output.config}
-            checkpoint.save(folder.checkpoints, step, write, manifest)
-            checkpoint.prune(folder.checkpoints, output.keep)
+            manifest = {"mlflow_run_id": tracking.run_id, "config": output.config, "best": best}
+            output.store.save(step, write, manifest, best and best["step"])
             saved = step
 
         def evaluate(step: int) -> bool:
-            nonlocal last
+            nonlocal last, best
             synchronise(fleets, averaged=True)
             stop = look(step)[2]
             synchronise(fleets)
             last = step if stop else last
+            if (reward := watch.reward(step)) > (best["reward"] if best else -np.inf):
+                best = {"step": step, "reward": reward}
+                save(step)
             return stop
+
+        due = settings.evaluate_every and start % settings.evaluate_every == 0 and 0 < start < settings.iterations
+        if due and not watch.knows(start) and evaluate(start):  # what a stop came before
+            start = settings.iterations
 
         try:
             seconds = train(fleets, terms, settings, start, log, save, evaluate).seconds
