@@ -165,9 +165,12 @@ class ClusterConfig:
 
 @dataclass
 class TrackingConfig:
+    """parent: id of the MLflow run that this one is shown under, as those of a sweep are; null = none."""
+
     uri: str | None
     experiment: str
     required: bool
+    parent: str | None
 
 
 @dataclass

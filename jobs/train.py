@@ -50,7 +50,7 @@ def main(config: TrainConfig) -> None:
         )
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))
     manifest = checkpoint.read_manifest(resume) if resume else {}
-    tags = {"job": "train"}
+    tags = {"job": "train"} | ({"mlflow.parentRunId": config.tracking.parent} if config.tracking.parent else {})
     if changed := changes(manifest.get("config", values), values):
         print("\n".join(f"changed: {line}" for line in changed))
         tags["changed"] = "; ".join(changed)[:5000]
