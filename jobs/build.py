@@ -164,17 +164,23 @@ def make_judges(c: TrainConfig) -> Judges:
 
 
 def make_learner(c: TrainConfig) -> Fleet:
-    """The learner's ranks, joined. ConfigError where weights of bfloat16 would be all that is kept of an update."""
+    args = (policy_source(c.policy), c.policy.weights, make_kernel(c), learner_settings(c), c.learner.ranks)
+    return join_learner(c, Learner, args)
+
+
+def join_learner(c: Any, kind: type[Learner], args: tuple) -> Fleet:
+    """The ranks of a learner, joined. c: a configuration with policy, learner and cluster. ConfigError where weights of
+    bfloat16 would be all that is kept of an update.
+    """
     if c.policy.wan and c.policy.wan.dtype == "bfloat16" and not (c.learner.bf16 or c.policy.lora.rank):
         raise ConfigError(
             "learner.bf16=false would train policy.wan.dtype=bfloat16 without float32 copies; give learner.bf16=true, "
             "or train adapters with policy.lora.rank"
         )
-    args = (policy_source(c.policy), c.policy.weights, make_kernel(c), learner_settings(c), c.learner.ranks)
     role = RoleConfig(
         c.learner.ranks, c.cluster.learner.num_cpus, c.cluster.learner.num_gpus, c.cluster.learner.timeout_s, 0
     )
-    fleet = make_fleet(c.cluster.backend, Learner, _spec("learner", role, replace=False), args)
+    fleet = make_fleet(c.cluster.backend, kind, _spec("learner", role, replace=False), args)
     address = fetch(fleet.broadcast("address")[0])
     fleet.scatter("join", [(rank, address) for rank in range(c.learner.ranks)])
     return fleet
