@@ -13,14 +13,23 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from jobs.build import join_learner, learner_settings, policy_source, session
+from jobs.build import join_learner, policy_source, session
 from jobs.cli import ConfigError, job, require
-from jobs.config import ClusterConfig, LearnerConfig, PolicyConfig, PromptsConfig, TrackingConfig, settings_of
+from jobs.config import (
+    AsyncConfig,
+    ClusterConfig,
+    LearnerConfig,
+    PolicyConfig,
+    PromptsConfig,
+    TrackingConfig,
+    settings_of,
+)
 from jobs.plugins import make_source
 from jobs.resume import changes
 from jobs.rules import learner_rules
 from rl import checkpoint
 from rl.fleet import Fleet, closing, fetch
+from rl.learner import LearnerSettings
 from rl.run_folder import RunFolder
 from rl.stop import Stopped, check, stopping
 from rl.teacher import Lessons, Teacher
@@ -89,7 +98,7 @@ def teach(
         write = lambda path: fetch(teacher.broadcast("save", str(path)))  # noqa: E731
         manifest = {"mlflow_run_id": tracking.run_id, "config": values}
         saved = checkpoint.save(folder.checkpoints, step, write, manifest)
-        checkpoint.prune(folder.checkpoints, c.keep_checkpoints)
+        checkpoint.prune(folder.checkpoints, checkpoint.Retention(c.keep_checkpoints, None))
         return saved
 
     def call(step: int, method: str, prefix: str) -> None:
@@ -101,7 +110,7 @@ def teach(
         if method == "measure":
             print(f"step {step} " + " ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
 
-    step = fetch(teacher.broadcast("load", str(resume)))[0] if resume else 0
+    step = fetch(teacher.broadcast("load", str(resume)))[0][-1] if resume else 0
     folder.truncate_after(step)
     if not step:
         call(0, "measure", "heldout")
@@ -151,7 +160,8 @@ def make_teacher(c: TeachConfig) -> Fleet:
     clips = partial(make_source, p.kind, p.path, p.world_seed, settings.size, settings.frames)
     clips()  # what is wrong with a row is said here
     lessons = settings_of(Lessons, c.teach)
-    args = (source, c.policy.weights, learner_settings(c), c.learner.ranks, clips, lessons, c.seed)
+    settings = settings_of(LearnerSettings, c.learner, AsyncConfig(max_staleness=0, weight_cap=1.0))
+    args = (source, c.policy.weights, settings, c.learner.ranks, clips, lessons, c.seed)
     return join_learner(c, Teacher, args)
 
 

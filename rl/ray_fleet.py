@@ -27,7 +27,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from rl.fleet import Fault, Fleet, FleetError, FleetSpec, FleetSpecError, Task, fetch, run_call
+from rl.fleet import Fault, Fleet, FleetError, FleetSpec, FleetSpecError, Task, fetch, follow_up, run_call
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ SINGLE_THREADED = {name: "1" for name in ("OMP_NUM_THREADS", "OPENCV_FOR_THREADS
 GRACE_S = 5.0  # how long the other ranks of a failed call in lockstep may take to say what they saw
 PATIENCE_S = 5.0  # without a place: look why, and say so
 POLL_S = 1.0  # without news: let the caller look around, such as whether it is asked to stop
+FLEET = "DRAGLINE_FLEET"  # environment variable of a worker process: the name of its fleet
 READY, BUILD = "__ready__", "__build__"
 _LIVE: list[RayFleet] = []
 
@@ -183,11 +184,12 @@ class RayFleet(Fleet):
         if self.loss:
             raise FleetError(f"fleet {self.spec.name!r} has ended: {self.loss.text}")
         self._queue.append(batch)
-        _turn(0.0)
+        self.dispatch()
         return batch.task
 
     def advance(self) -> None:
         _turn(POLL_S)
+        follow_up()
 
     def close(self) -> None:
         if self not in _LIVE:
@@ -326,7 +328,7 @@ class RayFleet(Fleet):
 
     def _spawn(self, index: int) -> _Replica:
         given = dict(self.spec.runtime_env)
-        environment = SINGLE_THREADED | given.get("env_vars", {}) | dict(self.spec.env)
+        environment = SINGLE_THREADED | {FLEET: self.spec.name} | given.get("env_vars", {}) | dict(self.spec.env)
         try:
             options = _Host.options(
                 num_cpus=self.spec.num_cpus,

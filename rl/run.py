@@ -11,11 +11,13 @@ import numpy as np
 
 from rl import checkpoint
 from rl.advantage import TermWeight
+from rl.checkpoint_store import CheckpointStore
 from rl.evaluation import compare, stack
 from rl.fleet import Fleet, as_completed, fetch
 from rl.hack_watch import HackWatch
 from rl.judges import Judges
-from rl.loop import Clock, Fleets, LoopSettings, synchronise, train
+from rl.loop import Clock, LoopSettings, train
+from rl.pipeline import Fleets, synchronise
 from rl.progress import Progress
 from rl.report import figures, filmstrip, side_by_side, write_mp4, write_report
 from rl.run_folder import RunFolder
@@ -77,12 +79,11 @@ def measure(rollout: Fleet, judges: Judges, heldout: HeldOut) -> Measured:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run writes. keep: checkpoints that stay. fps: of its videos. config: goes into every checkpoint, for a
-    resume to compare with."""
+    """Where a run writes. fps: of its videos. config: goes into every checkpoint, for a resume to compare with."""
 
     folder: RunFolder
     tracking: Tracking
-    keep: int
+    store: CheckpointStore
     fps: float
     config: dict[str, Any]
 
@@ -110,13 +111,15 @@ def run(
                 watch.draw(step, measured.metrics, measured.film, tracking, output.fps)
         return measured.metrics, measured.films(), stop
 
-    start = 0
+    held, best = [0], None
     if resume is not None:
-        start = fetch(fleets.learner.broadcast("load", str(resume)))[0]
-        folder.truncate_after(start)
-        watch.resume(start)
+        held = fetch(fleets.learner.broadcast("load", str(resume)))[0]
+        best = checkpoint.read_manifest(resume).get("best")
+        folder.restore(resume)
+        folder.truncate_after(held[-1])
+        watch.resume(held[-1])
+    start = held[-1]
     base, base_films, _ = look(0)
-    synchronise(fleets)
 
     last, done, saved = settings.iterations, start, start
     with Progress(settings.iterations, start) as progress:
@@ -137,23 +140,29 @@ def run(
                 versions = fetch(fleets.learner.broadcast("save", str(path)))
                 if versions != [step] * len(versions):
                     raise RuntimeError(f"the learner's ranks hold versions {versions}, not {step}")
+                folder.keep(path)
 
             folder.sync()
-            manifest = {"mlflow_run_id": tracking.run_id, "config": output.config}
-            checkpoint.save(folder.checkpoints, step, write, manifest)
-            checkpoint.prune(folder.checkpoints, output.keep)
+            manifest = {"mlflow_run_id": tracking.run_id, "config": output.config, "best": best}
+            output.store.save(step, write, manifest, best and best["step"])
             saved = step
 
         def evaluate(step: int) -> bool:
-            nonlocal last
+            nonlocal last, best
             synchronise(fleets, averaged=True)
             stop = look(step)[2]
-            synchronise(fleets)
             last = step if stop else last
+            if (reward := watch.reward(step)) > (best["reward"] if best else -np.inf):
+                best = {"step": step, "reward": reward}
+                save(step)
             return stop
 
+        due = settings.evaluate_every and start % settings.evaluate_every == 0 and 0 < start < settings.iterations
+        if due and not watch.knows(start) and evaluate(start):  # what a stop came before
+            held = [settings.iterations]
+
         try:
-            seconds = train(fleets, terms, settings, start, log, save, evaluate).seconds
+            seconds = train(fleets, terms, settings, held, log, save, evaluate).seconds
         except Stopped:
             save(done)
             raise

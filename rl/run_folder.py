@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+RECORDS = ("metrics.jsonl", "watch/evaluations.jsonl")
 
 
 class RunFolderError(ValueError):
@@ -79,6 +82,22 @@ class RunFolder:
         line = json.dumps(_finite({"step": step, **metrics})) + "\n"
         with _disk(self.metrics), self.metrics.open("a") as file:
             file.write(line)
+
+    def keep(self, checkpoint: Path) -> None:
+        """Copies what a resume on another machine would miss into a checkpoint that is being written."""
+        for name in RECORDS:
+            if (self.path / name).exists():
+                with _disk(checkpoint / name):
+                    (checkpoint / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(self.path / name, checkpoint / name)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Takes from a checkpoint what is missing here."""
+        for name in RECORDS:
+            if (checkpoint / name).exists() and not (self.path / name).exists():
+                with _disk(self.path / name):
+                    (self.path / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(checkpoint / name, self.path / name)
 
     def sync(self) -> None:
         """Forces metrics.jsonl to the disk; call it before each checkpoint, so that the log is never behind it."""
