@@ -265,8 +265,8 @@ class Learner:
         return {name: self.averaged[name].to(p.dtype) for name, p in state.items()} if averaged else state
 
     def weights(self, averaged: bool = False) -> Weights | None:
-        """Rank 0: the present (or averaged) weights; other ranks: None."""
-        return pack(self._state(averaged), self.version) if self.rank == 0 else None
+        """Rank 0: the present (or averaged) weights, to be sent before the next update; other ranks: None."""
+        return pack(self._state(averaged), self.version, copy=False) if self.rank == 0 else None
 
     def save(self, path: str) -> None:
         """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/; all ranks must call."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +63,19 @@ class Training:
     """more: overrides of the training's configuration."""
 
     def __init__(self, trial: Trial, *more: str) -> None:
-        self.trial, self.more = trial, more
+        self.trial, self.bare = trial, Bare(*trial.overrides(), *more)
         self.cpu_s, self.done = 0.0, 0
-        self.bare = Bare(*trial.overrides(), f"learner.beta={trial.stiffness / math.sqrt(self._dimensions())}", *more)
+        # The log-prob is a mean over the coordinates, so that its gradient is as long as 1 / sqrt(dimensions).
+        beta, learner = trial.stiffness / math.sqrt(self._dimensions()), self.bare.learner
+        learner.settings, learner.beta = replace(learner.settings, beta=beta), beta
 
     def _dimensions(self) -> int:
-        """Coordinates of an action: the log-prob is their mean, so that its gradient is as long as 1 / sqrt(D)."""
-        probe = Bare(*self.trial.overrides(), "learner.beta=0", *self.more)
-        _, ((replay, *_), *_) = probe.rollout(0)
-        action = replay.actions[0]
-        inside = getattr(action.subspace, "inside", None)
-        coordinates = action.coordinates[0, 0]
-        return coordinates.numel() if inside is None else int(inside.sum()) * coordinates.shape[0]
+        """Coordinates of an action."""
+        (channels, height, width), frames = self.bare.policy.latent_shape, self.bare.policy.sizes[1]
+        if self.trial.explore == "tangent":
+            return 2 * frames
+        cell = self.bare.sampler.settings.cell if self.trial.explore == "coarse" else 1
+        return channels * frames * (height // cell) * (width // cell)
 
     def train(self, until: float) -> None:
         """Iterations until this many CPU-seconds of training are used."""
