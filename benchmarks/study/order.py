@@ -42,7 +42,7 @@ PLAN = Plan(
         (("frame", "tangent"), ("video", "white"), ("frame", "white")),
         (("trunk", "coarse"), ("all", "coarse"), ("video", "coarse"), ("frame", "coarse")),
     ),
-    controls=(("trunk", "tangent"),),
+    controls=(("trunk", "tangent"), ("all", "white")),
     tuning_s=8.0,
     points=(4.0, 8.0, 16.0),
     dev=24,
