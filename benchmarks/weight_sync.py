@@ -1,17 +1,16 @@
-"""The learner's weights to a rollout worker on the same node, until the parameters can be used: bandwidth against a plain
-memory copy.
+"""The learner's weights to a rollout worker on the same node, until they can be used, against a plain memory copy.
 
 python -m benchmarks.weight_sync
 
-Through Ray's object store, as the loop does it (`rl.loop.synchronise`: packed, sent, installed, both digests compared); the
-adapters alone; and, beside it, a broadcast of torch.distributed between the same processes, in buckets.
+Through Ray's object store, as the loop does it (`rl.loop.synchronise`: packed, sent, installed, both digests compared);
+the adapters alone; and, beside it, a broadcast of torch.distributed between the same processes, in buckets.
 """
 
 from __future__ import annotations
 
-import statistics
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,10 +19,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import figure, write
+from benchmarks.whole_loop import timed
 from policy.codec import ConvCodec
 from policy.lora import LoraSettings
 from policy.policy import DragPolicy, PolicySettings, build_transformer
-from rl.fleet import FleetSpec, closing, fetch, make_fleet
+from rl.fleet import Fleet, FleetSpec, closing, fetch, make_fleet
 from rl.loop import Fleets, synchronise
 from rl.ray_fleet import ray_session
 from rl.weights import Weights, digest, install, pack
@@ -31,6 +31,9 @@ from rl.weights import Weights, digest, install, pack
 SHAPE = PolicySettings(size=64, frames=13, block=2, sigmas=(1.0, 0.8, 0.5, 0.0), window=None, sink=0,
                        drag_window=14.0, drag_sigma=8.0, codec_channels=16, codec_width=16)  # fmt: skip
 LORA = LoraSettings(16, 16.0, ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"))
+
+WAYS = {"object store": ("float32", False), "object store, bfloat16": ("bfloat16", False),
+        "object store, adapters alone": ("float32", True)}  # fmt: skip
 
 
 class Holder:
@@ -45,6 +48,10 @@ class Holder:
         if lora:
             self.policy.add_lora(LORA)
         self.version = 0
+
+    def cpu_seconds(self) -> float:
+        """Of this process so far."""
+        return time.process_time()
 
     def size(self) -> int:
         """Bytes."""
@@ -87,28 +94,22 @@ class Holder:
         return digest({name: p.numpy() for name, p in state.items()})
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def measure(layers: int, heads: int, repeats: int) -> list[dict[str, Any]]:
-    """Medians of wall-seconds; the copies are of as many bytes, taken in turn with what they are compared to."""
+def measure(layers: int, heads: int, repeats: int, ways: Sequence[str] = (*WAYS,)) -> list[dict[str, Any]]:
+    """Medians; the copies are of as many bytes, taken in turn with what they are compared to. CPU time of a sync is
+    that of both workers and of this process."""
     rows = []
-    for name, dtype, lora in (("object store", "float32", False), ("object store, bfloat16", "bfloat16", False),
-                              ("object store, adapters alone", "float32", True)):  # fmt: skip
-        args = (layers, heads, dtype, lora)
+    for name in ways:
+        args = (layers, heads, *WAYS[name])
         ends = [make_fleet("ray", Holder, FleetSpec(end), args) for end in ("learner", "rollout")]
         with closing(*ends) as (learner, rollout):
             (size,) = fetch(learner.broadcast("size"))
             fleets = Fleets(rollout, None, learner)
-            rows.append(_row(name, size, learner, lambda: synchronise(fleets), repeats))  # noqa: B023
+            rows.append(_row(name, size, ends, lambda: synchronise(fleets), repeats))  # noqa: B023
             if name == "object store":
                 (port,) = fetch(learner.broadcast("address"))
                 joining = [fleet.submit_all("join", [(rank, port)]) for rank, fleet in enumerate(ends)]
                 fetch([part for task in joining for part in task.result()])
-                rows.append(_row("broadcast, gloo", size, learner, lambda: _broadcast(learner, rollout), repeats))  # noqa: B023
+                rows.append(_row("broadcast, gloo", size, ends, lambda: _broadcast(*ends), repeats))  # noqa: B023
     return rows
 
 
@@ -118,28 +119,32 @@ def _broadcast(*ends) -> None:
         raise ValueError(f"the two ends hold different weights: {held}")
 
 
-def _row(name: str, size: int, learner: Any, send: Callable[[], None], repeats: int) -> dict[str, Any]:
+def _row(name: str, size: int, ends: Sequence[Fleet], send: Callable[[], None], repeats: int) -> dict[str, Any]:
     source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    total = lambda: time.process_time() + sum(fetch([end.broadcast("cpu_seconds")[0] for end in ends]))  # noqa: E731
     sent, copied = [], []
     for _ in range(repeats + 2):  # two for the object store's memory to be there
-        fetch(learner.broadcast("update"))
-        sent.append(seconds(send))
-        copied.append(seconds(lambda: np.copyto(target, source)))
-    one, other = statistics.median(sent[2:]), statistics.median(copied[2:])
-    return {"way": name, "MB": size / 1e6, "sync_s": one, "copy_s": other, "GB/s": size / 1e9 / one,
-            "of a copy's bandwidth": other / one}  # fmt: skip
+        fetch(ends[0].broadcast("update"))
+        sent.append(timed(send, total))
+        copied.append(timed(lambda: np.copyto(target, source), time.process_time))
+    (cpu, wall), (copy_cpu, copy_wall) = (np.median(runs[2:], axis=0).tolist() for runs in (sent, copied))
+    return {"way": name, "MB": size / 1e6, "sync_s": wall, "copy_s": copy_wall, "sync cpu_s": cpu,
+            "copy cpu_s": copy_cpu, "GB/s": size / 1e9 / wall, "copy / sync": copy_wall / wall,
+            "copy / sync, CPU": copy_cpu / cpu}  # fmt: skip
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would lose against other work on the machine
     with ray_session("local", object_store_gb=2.0):
         rows = measure(5, 12, 9)
     about = (
-        "From the learner's weights to a rollout worker on the same node that holds them, digests checked, against a plain "
-        "copy of as many bytes in one process (numpy). Medians of 9, in turn."
+        "From the learner's weights to a rollout worker on the same node that holds them, digests checked, against a "
+        "plain copy of as many bytes in one process (numpy). Medians of 9, in turn."
     )
-    write("weight_sync", about, rows, [figure("object store, share of a copy's bandwidth",
-                                              rows[0]["of a copy's bandwidth"], ">= 0.3")])  # fmt: skip
+    shares = {clock: rows[0][f"copy / sync{clock}"] for clock in ("", ", CPU")}
+    write("weight_sync", about, rows, [figure(f"object store, share of a copy's bandwidth{clock}", share, ">= 0.3")
+                                       for clock, share in shares.items()])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Weights on their way from the learner to the rollout workers, with a version and a digest that the receiver checks.
 
-They travel as they are stored: the adapters alone with LoRA, bfloat16 in 16 bits. On the way memory is copied twice, into
-the object store and out of it, and read twice, for the digests of what was sent and of what arrived.
+They travel as they are stored: the adapters alone with LoRA, bfloat16 in 16 bits. On the way memory is copied twice,
+into the object store and out of it, and read twice, for the digests of what was sent and of what arrived.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the study runs, in which order, and what it remembers: one JSON line per finished run.
 
 The settings of every arm are searched alike, one after the other, on dev prompts: the learning rate, the prompts of an
-iteration, the stiffness of the penalty, the amplitude of the noise. What was best trains three seeds, measured on held-out
-prompts of their own.
+iteration, the stiffness of the penalty, the amplitude of the noise. What was best trains three seeds, measured on
+held-out prompts of their own.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ AMPLITUDES = {"tangent": 14.0, "coarse": 4.0, "white": 2.0}
 
 @dataclass(frozen=True)
 class Plan:
-    """arms: (select, explore), in stages, each of which is finished before the next begins. controls: arms that also
-    train with permuted advantages. tuning_s, points: CPU-seconds of a run on dev prompts, and of one on held-out prompts.
+    """stages: of arms (select, explore); each is finished before the next begins. controls: arms that also train with
+    permuted advantages. tuning_s, points: CPU-seconds of a run on dev prompts, and of one on held-out prompts. dev,
+    heldout: numbers of prompts.
     """
 
     stages: tuple[tuple[tuple[str, str], ...], ...]
@@ -65,7 +66,9 @@ class Store:
         if trial.key not in self._found:
             prompts = [asdict(trial)[name] for name in ("split", "measured_on", "seed")]
             known = [one for one in self.runs if [one["trial"][n] for n in ("split", "measured_on", "seed")] == prompts]
-            base = {k: v for k, v in known[0]["curve"][0].items() if k not in ("cpu_s", "iterations")} if known else None
+            base = (
+                {k: v for k, v in known[0]["curve"][0].items() if k not in ("cpu_s", "iterations")} if known else None
+            )
             found = json.loads(json.dumps(self.train(trial, base)))
             with self.path.open("a") as file:
                 file.write(json.dumps(found) + "\n")

@@ -119,5 +119,7 @@ def run(trial: Trial, base: dict[str, float] | None = None, *more: str, strips: 
         training.train(point)
         curve.append({"cpu_s": training.cpu_s, "iterations": training.done, **training.measured()})
     if strips:
-        np.savez_compressed(strips / f"{trial.select}_{trial.explore}.npz", video=training.films(range(8_500, 8_503), 85)[1])
+        np.savez_compressed(
+            strips / f"{trial.select}_{trial.explore}.npz", video=training.films(range(8_500, 8_503), 85)[1]
+        )
     return {"trial": asdict(trial), "curve": curve, "kl": training.stats["kl"]}
