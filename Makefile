@@ -4,7 +4,7 @@ export OMP_NUM_THREADS ?= 1
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup train test test-fast lint format bench results study ui
+.PHONY: setup train test test-fast lint format bench results study chaos ui
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -39,6 +39,9 @@ results: setup
 study: setup
 	$(BIN)/python -m benchmarks.signal
 	$(BIN)/python -m benchmarks.study
+
+chaos: setup
+	$(BIN)/python -m benchmarks.chaos
 
 ui: setup
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

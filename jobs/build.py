@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import ConfigError
+from jobs.cli import ConfigError, require
 from jobs.config import PolicyConfig, RewardRoleConfig, RoleConfig, TrainConfig, settings_of
 from jobs.plugins import make_source, make_terms, read_fleets, read_sources, read_terms
+from jobs.rules import learner_rules, rollout_rules
 from policy.lora import LoraSettings
 from policy.policy import PolicySource, Settings
-from policy.transition import KERNELS, Kernel
+from policy.transition import Kernel
 from policy.wan import WanSettings
-from rl.advantage import STDS, TermWeight
+from rl.advantage import TermWeight
 from rl.fleet import Fleet, FleetSpec, fetch, make_fleet
 from rl.judges import Judges
 from rl.learner import Learner, LearnerSettings
@@ -24,8 +25,7 @@ from rl.loop import LoopSettings
 from rl.ray_fleet import ray_session
 from rl.reward_worker import RewardWorker
 from rl.rollout_worker import SyncedRolloutWorker
-from rollout.group import EXPLORES, RolloutSettings
-from rollout.plan import SELECTS
+from rollout.group import RolloutSettings
 from rollout.prompts import DragPrompt
 
 
@@ -35,21 +35,11 @@ def validate(c: TrainConfig) -> Settings:
     settings = policy_source(c.policy).settings()
     blocks, terms = len(settings.sizes) - 1, read_terms(c.rewards)
     rules = [
-        (r.select in SELECTS, f"rollout.select={r.select} is none of {', '.join(SELECTS)}"),
-        (r.explore in EXPLORES, f"rollout.explore={r.explore} is none of {', '.join(EXPLORES)}"),
-        (r.kernel in KERNELS, f"rollout.kernel={r.kernel} is none of {', '.join(KERNELS)}"),
-        (r.group_size >= 2, f"rollout.group_size={r.group_size}: a group needs at least 2 members to compare"),
-        (0 < r.eta <= 1, f"rollout.eta={r.eta} must lie in (0, 1]: with 0 nothing is explored"),
-        (r.amplitude > 0, f"rollout.amplitude={r.amplitude} must be above 0"),
-        (not r.antithetic or r.group_size % 2 == 0, "rollout.antithetic needs an even rollout.group_size"),
+        *rollout_rules(r),
+        *learner_rules(l),
         (0 <= r.horizon < blocks, f"rollout.horizon={r.horizon} must lie in 0..{blocks - 1}"),
         (
-            r.prompts_per_iteration % r.prompts_per_task == 0,
-            f"rollout.prompts_per_iteration={r.prompts_per_iteration} must be a "
-            f"multiple of rollout.prompts_per_task={r.prompts_per_task}",
-        ),
-        (
-            r.prompts_per_iteration // r.prompts_per_task % l.ranks == 0,
+            r.prompts_per_iteration // max(1, r.prompts_per_task) % l.ranks == 0,
             f"learner.ranks={l.ranks} must divide the number of rollout "
             "tasks, rollout.prompts_per_iteration / rollout.prompts_per_task",
         ),
@@ -58,21 +48,6 @@ def validate(c: TrainConfig) -> Settings:
             c.cluster.backend == "ray" or l.ranks == 1,
             f"learner.ranks={l.ranks} needs cluster=local or ray: ranks are processes",
         ),
-        (l.zero_stage in (0, 1, 2, 3), f"learner.zero_stage={l.zero_stage} must be 0, 1, 2 or 3"),
-        (
-            l.micro_batch >= 1 and l.updates_per_rollout >= 1,
-            "learner.micro_batch and learner.updates_per_rollout must be at least 1",
-        ),
-        (
-            l.decay_iterations is None or l.decay_iterations >= 1,
-            f"learner.decay_iterations={l.decay_iterations} must be at least 1, or null for a constant rate",
-        ),
-        (0 <= l.ema < 1, f"learner.ema={l.ema} must lie in [0, 1)"),
-        (
-            l.kl_target is None or (l.kl_target > 0 and l.beta > 0),
-            f"learner.kl_target={l.kl_target} (null: beta stays) must be above 0, and learner.beta={l.beta} too",
-        ),
-        (l.advantage_std in STDS, f"learner.advantage_std={l.advantage_std} is none of {', '.join(STDS)}"),
         (
             l.best_and_worst is None or 1 <= l.best_and_worst <= r.group_size // 2,
             f"learner.best_and_worst={l.best_and_worst} (null: all learn) must lie in 1..{r.group_size // 2}, half of "
@@ -96,6 +71,11 @@ def validate(c: TrainConfig) -> Settings:
             c.train.iterations >= 1 and c.train.checkpoint_every >= 1,
             "train.iterations and train.checkpoint_every must be at least 1",
         ),
+        (
+            c.train.keep_checkpoints >= 1 and (c.train.keep_every is None or c.train.keep_every >= 1),
+            "train.keep_checkpoints and train.keep_every (null: none) must be at least 1",
+        ),
+        (c.train.grace_s > 0, f"train.grace_s={c.train.grace_s} must be above 0"),
         (0 <= c.cluster.fault_share < 1, f"cluster.fault_share={c.cluster.fault_share} must lie in [0, 1)"),
         (c.evaluate.prompts >= 1 and c.evaluate.batch >= 1, "evaluate.prompts and evaluate.batch must be at least 1"),
         (
@@ -103,9 +83,7 @@ def validate(c: TrainConfig) -> Settings:
             "evaluate.every (null: never) and evaluate.patience must be at least 1",
         ),
     ]
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(message)
+    require(rules)
     read_fleets(terms, c.cluster.reward)
     read_sources(terms)
     make_source(c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)

@@ -18,7 +18,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from jobs.cli import ROOT, ConfigError, job
+from jobs.cli import ROOT, job, require
 from jobs.plugins import make_terms
 from rewards.battery import LEVELS, SHIFTS, Stage
 from rewards.doctor import MIX, Limits, check_accept, diagnose, examine
@@ -52,9 +52,7 @@ def main(config: CheckRewardConfig) -> None:
         (config.scenes >= 2, f"scenes={config.scenes}: at least 2 are needed to see clips influence each other"),
         (config.replicas >= 2, f"replicas={config.replicas}: at least 2 are needed to see noise"),
     ]
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(message)
+    require(rules)
     terms, console = make_terms(config.rewards), Console()
     check_accept(terms, config.accept)
     shipped = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/rewards/default.yaml"))

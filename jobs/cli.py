@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,13 @@ OmegaConf.register_new_resolver("repo", lambda path: str(ROOT / path), replace=T
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the key and what to do."""
+
+
+def require(rules: Iterable[tuple[object, str]]) -> None:
+    """Raises ConfigError with the line of the first rule that does not hold."""
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(message)
 
 
 def job(name: str, schema: type) -> Callable[[Callable[[Any], None]], Callable[[], None]]:

@@ -186,9 +186,17 @@ class EvaluateConfig:
 
 @dataclass
 class LoopConfig:
+    """keep_checkpoints: how many of those saved last stay, besides every `keep_every`-th step (null: none) and the best
+    on held-out prompts. checkpoint_url: where they are copied to, anything that fsspec writes; null = nowhere.
+    grace_s: from SIGTERM or SIGINT until the process ends, whatever it still does.
+    """
+
     iterations: int
     checkpoint_every: int
     keep_checkpoints: int
+    keep_every: int | None
+    checkpoint_url: str | None
+    grace_s: float
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.cli import ConfigError, job
+from jobs.cli import job, require
 from jobs.config import PolicyConfig, settings_of
 from policy.files import check_fit, read_weights
 from policy.lora import LoraSettings, add_lora, load_lora, lora_state, merge_own_lora
@@ -60,9 +60,7 @@ def validate(config: ExportConfig) -> None:
         (config.dtype in DTYPES, f"dtype={config.dtype} is none of {', '.join(filter(None, DTYPES))}"),
         (not Path(config.out).exists(), f"out={config.out} exists; remove it or choose another"),
     ]
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(message)
+    require(rules)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from jobs.cli import ConfigError, job
+from jobs.cli import ConfigError, job, require
 from jobs.config import ClusterConfig, LearnerConfig, PolicyConfig, RolloutConfig, settings_of
+from jobs.rules import learner_rules, rollout_rules
 from policy.attention import uses_flex
 from policy.lora import LoraSettings
 from policy.policy import read_settings
 from policy.wan import DTYPES, WanSettings
 from rl.meta import codec_cost, meta_parts, trained_weights
 from rl.plan import GIB, MOST, CodecCost, Estimate, Gpu, Shape, Work, estimate, total
-from rollout.group import EXPLORES
-from rollout.plan import SELECTS
 
 
 @dataclass
@@ -67,7 +66,6 @@ def main(config: PlanConfig) -> None:
 
 
 def check(c: PlanConfig) -> None:
-    r = c.rollout
     rules = [
         (c.gpus and min(c.gpus) >= 1, f"gpus={c.gpus} must be numbers of GPUs, like [1,8,32]"),
         (c.cluster.backend == "ray" or c.gpus == [1], f"cluster.backend={c.cluster.backend} is one process: gpus=[1]"),
@@ -75,19 +73,10 @@ def check(c: PlanConfig) -> None:
         (c.gpu.memory_gib > 0 and c.gpu.tflops > 0, "gpu.memory_gib and gpu.tflops must be above 0"),
         (c.learner_share is None or 0 < c.learner_share < 1, f"learner_share={c.learner_share} must lie in (0, 1)"),
         (c.policy.path or c.policy.wan, "policy.path is null and policy.wan too; give the policy's folder"),
-        (c.learner.zero_stage in (0, 1, 2, 3), f"learner.zero_stage={c.learner.zero_stage} must be 0, 1, 2 or 3"),
-        (r.select in SELECTS, f"rollout.select={r.select} is none of {', '.join(SELECTS)}"),
-        (r.explore in EXPLORES, f"rollout.explore={r.explore} is none of {', '.join(EXPLORES)}"),
-        (r.group_size >= 2, f"rollout.group_size={r.group_size}: a group needs at least 2 members to compare"),
-        (
-            r.prompts_per_task >= 1 and r.prompts_per_iteration % r.prompts_per_task == 0,
-            f"rollout.prompts_per_iteration={r.prompts_per_iteration} must be a multiple of "
-            f"rollout.prompts_per_task={r.prompts_per_task}",
-        ),
+        *rollout_rules(c.rollout),
+        *learner_rules(c.learner),
     ]
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(message)
+    require(rules)
 
 
 def work_of(c: PlanConfig) -> Work:

@@ -5,7 +5,6 @@ python -m jobs.train train.iterations=60 seed=1
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,15 @@ from jobs.build import (
 )
 from jobs.cli import ConfigError, job
 from jobs.config import TrainConfig
+from jobs.resume import changes
 from rl import checkpoint
+from rl.checkpoint_store import CheckpointStore
 from rl.fleet import closing
 from rl.hack_watch import HackWatch
 from rl.loop import Fleets
 from rl.run import HeldOut, Output, run
 from rl.run_folder import RunFolder
+from rl.stop import stopping
 from rl.tracking import Tracking
 
 
@@ -36,25 +38,32 @@ from rl.tracking import Tracking
 def main(config: TrainConfig) -> None:
     settings = validate(config)
     folder = RunFolder.at(config.run_dir, "train")
-    resume, warnings = checkpoint.resolve(config.resume, folder.checkpoints)
+    e, t, kept = config.evaluate, config.tracking, config.train
+    retention = checkpoint.Retention(kept.keep_checkpoints, kept.keep_every)
+    store = CheckpointStore(folder.checkpoints, retention, kept.checkpoint_url)
+    resume, warnings = store.resolve(config.resume)
     for warning in warnings:
         print(f"warning: {warning}")
-    if resume is None and any(folder.checkpoints.iterdir()):
+    if resume is None and any(folder.checkpoints.glob("step_*")):
         raise ConfigError(
             f"run_dir={folder.path} holds checkpoints; resume=auto goes on from them, or choose another run_dir"
         )
-    run_id = json.loads((resume / "manifest.json").read_text()).get("mlflow_run_id") if resume else None
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))
+    manifest = checkpoint.read_manifest(resume) if resume else {}
+    tags = {"job": "train"}
+    if changed := changes(manifest.get("config", values), values):
+        print("\n".join(f"changed: {line}" for line in changed))
+        tags["changed"] = "; ".join(changed)[:5000]
     folder.write_config(OmegaConf.to_yaml(values))
-    e, t, spool = config.evaluate, config.tracking, folder.path / "tracking"
     with (
-        Tracking.open(t.uri, t.experiment, run_id, params=values, tags={"job": "train"}, required=t.required,
-                      spool=spool) as tracking,
+        stopping(config.train.grace_s, f"the same command with run_dir={folder.path} goes on"),
+        Tracking.open(t.uri, t.experiment, manifest.get("mlflow_run_id"), params=values, tags=tags, required=t.required,
+                      spool=folder.path / "tracking") as tracking,
         session(config),
         closing(make_rollout_fleet(config, settings), make_judges(config), make_learner(config)) as parts,
     ):  # fmt: skip
         parts[1].dry_run(first_prompt(config, settings))
-        output = Output(folder, tracking, config.train.keep_checkpoints, config.fps)
+        output = Output(folder, tracking, store, config.fps, values)
         heldout = HeldOut(e.prompts, e.seed, e.batch, e.strips)
         watch = HackWatch(folder.path / "watch", term_weights(config), e.patience, e.stop)
         summary = run(Fleets(*parts), term_weights(config), loop_settings(config), heldout, watch, output, resume)

@@ -49,11 +49,11 @@ def add_lora(model: WanTransformer3DModel, settings: LoraSettings) -> None:
             p.data = p.data.float()
 
 
-def lora_state(model: WanTransformer3DModel) -> dict[str, Tensor]:
-    """The adapters alone, under PEFT's names; the model's own tensors."""
+def lora_state(model: WanTransformer3DModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapters alone, under PEFT's names; the model's own tensors, or those of a state of its names."""
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(model)
+    return get_peft_model_state_dict(model, state)
 
 
 def load_lora(model: WanTransformer3DModel, state: Mapping[str, Tensor]) -> None:

@@ -163,9 +163,14 @@ class DragPolicy:
         net, model = self.net, copy.deepcopy(self.net.model)
         return CausalWan(model, net.window, net.sink, net.least, net.attention).requires_grad_(False)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, nn.Parameter]:
         """The trained weights under diffusers' own names; with LoRA the adapters under PEFT's."""
-        return lora_state(self.net.model) if self.lora else self.net.model.state_dict()
+        weights = self.net.model.state_dict(keep_vars=True)
+        return lora_state(self.net.model, weights) if self.lora else weights
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The values of `weights`, which share their memory."""
+        return {name: p.detach() for name, p in self.weights().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], source: str = "the given weights") -> None:
         check_fit(self.state_dict(), state, source)

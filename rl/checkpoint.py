@@ -15,7 +15,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,24 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or used; the message names the folder or file and says what to do."""
 
 
+@dataclass(frozen=True)
+class Retention:
+    """What stays: the `last` checkpoints saved last, and of all others those of every `every`-th step (None: none)."""
+
+    last: int
+    every: int | None = None
+
+
+def kept(newest_first: Sequence[str], retention: Retention, best: int | None = None) -> set[str]:
+    """Of checkpoints' names those that stay. best: a step that stays whatever its age."""
+    stay = set(newest_first[: retention.last])
+    for name in newest_first:
+        step = int(name.removeprefix("step_"))
+        if step == best or (retention.every and step % retention.every == 0):
+            stay.add(name)
+    return stay
+
+
 def save(root: Path, step: int, write: Callable[[Path], None], manifest: dict[str, Any]) -> Path:
     """Writes `root/step_<step>` and returns it; a checkpoint of the same step is replaced once the new one is complete.
 
@@ -43,31 +62,42 @@ def save(root: Path, step: int, write: Callable[[Path], None], manifest: dict[st
     if reserved:
         raise CheckpointError(f"manifest keys {sorted(reserved)} are checkpoint.save's own; rename the caller's")
     folder = root / f"step_{step:06d}"
-    partial = root / f"{_PARTIAL}{folder.name}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
-        partial.mkdir()
+        partial = partial_folder(root, folder.name)
         write(partial)
         _write_manifest(partial, step, manifest)
-        if folder.exists():
-            folder.rename(root / f"{_REMOVED}{folder.name}")
-        partial.rename(folder)
-        _fsync(root)
-        _remove_leftovers(root)
+        publish(partial, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by RuntimeError
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         free = f"{shutil.disk_usage(root).free / 1e6:.1f} MB free" if root.exists() else "no such folder"
         raise CheckpointError(f"cannot write checkpoint {folder} ({free}): {reason}; earlier checkpoints are intact; "
                               "make room or choose another run_dir, then resume") from error  # fmt: skip
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(root / f"{_PARTIAL}{folder.name}", ignore_errors=True)
     return folder
+
+
+def partial_folder(root: Path, name: str) -> Path:
+    """An empty folder in which the checkpoint `root/name` comes together; what earlier ones left is removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(root)
+    partial = root / f"{_PARTIAL}{name}"
+    partial.mkdir()
+    return partial
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Gives a complete checkpoint its name, in place of another that has it."""
+    if folder.exists():
+        folder.rename(folder.with_name(f"{_REMOVED}{folder.name}"))
+    partial.rename(folder)
+    _fsync(folder.parent)
+    _remove_leftovers(folder.parent)
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose every byte is as written. Raises CheckpointError naming the first defect."""
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -117,14 +147,13 @@ def resolve(resume: str | Path, root: Path) -> tuple[Path | None, list[str]]:
     return folder, []
 
 
-def prune(root: Path, keep: int) -> None:
-    """Removes all but the `keep` checkpoints saved last; those without a readable manifest count as the oldest."""
-    if keep < 1:
-        raise CheckpointError(f"keep must be at least 1, not {keep}")
+def prune(root: Path, retention: Retention, best: int | None = None) -> None:
+    """Removes what need not stay; checkpoints without a readable manifest count as the oldest."""
     folders, unreadable = _by_age(root)
-    for folder in [*folders, *unreadable][keep:]:
+    names = [folder.name for folder in (*folders, *unreadable)]
+    for name in {*names} - kept(names, retention, best):
         # Renamed first: a kill in the middle leaves no half of it under its name.
-        folder.rename(root / f"{_REMOVED}{folder.name}")
+        (root / name).rename(root / f"{_REMOVED}{name}")
     _remove_leftovers(root)
 
 
@@ -152,15 +181,25 @@ def _write_manifest(folder: Path, step: int, extra: dict[str, Any]) -> None:
     _fsync(folder)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `save` was given and added, without a look at the files. Raises CheckpointError where it is damaged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        text = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}; use another checkpoint") from error
+    return parse_manifest(text, str(folder))
+
+
+def parse_manifest(text: bytes, folder: str) -> dict[str, Any]:
+    """The manifest of the checkpoint `folder`, wherever that is. Raises CheckpointError where it is damaged."""
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/{MANIFEST} cannot be read: {error}; use another checkpoint") from error
     if not isinstance(manifest, dict) or manifest.pop("digest", None) != _digest(manifest):
-        raise CheckpointError(f"{folder / MANIFEST} is not what was saved; use another checkpoint")
+        raise CheckpointError(f"{folder}/{MANIFEST} is not what was saved; use another checkpoint")
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest['format']}, this version reads {FORMAT}; "
                               f"use dragline {manifest['versions']['dragline']}")  # fmt: skip
@@ -172,7 +211,7 @@ def _by_age(root: Path) -> tuple[list[Path], dict[Path, str]]:
     saved_at, unreadable = {}, {}
     for folder in sorted(root.glob("step_*")):
         try:
-            saved_at[folder] = _read_manifest(folder)["saved_at"]
+            saved_at[folder] = read_manifest(folder)["saved_at"]
         except CheckpointError as error:
             unreadable[folder] = str(error)
     return sorted(saved_at, key=saved_at.get, reverse=True), unreadable

@@ -27,6 +27,8 @@ from typing import Any, Literal, NoReturn
 
 import ray
 
+from rl.stop import check
+
 SEVERITY = ("crash", "error", "timeout")  # of several ranks' faults the first kind is the cause of the others
 
 
@@ -263,9 +265,10 @@ def closing(*fleets: Fleet) -> Iterator[tuple[Fleet, ...]]:
 
 def as_completed(tasks: Iterable[Task]) -> Iterator[Task]:
     """Yields the tasks, of one or several fleets, as they are done, with `.values` or a `.fault`; every wait inside is
-    bounded by the calls' deadlines."""
+    bounded by the calls' deadlines. Raises Stopped where the run was asked to stop meanwhile."""
     waiting = list(tasks)
     while waiting:
+        check()
         done = [task for task in waiting if task.done]
         waiting = [task for task in waiting if not task.done]
         yield from done

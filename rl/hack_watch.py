@@ -103,6 +103,13 @@ class HackWatch:
                     seen = Evaluation(record["step"], np.array(record["reward"], np.float32), canaries)
                     self._seen[seen.step] = seen
 
+    def knows(self, step: int) -> bool:
+        return step in self._seen
+
+    def reward(self, step: int) -> float:
+        """Mean weighted training reward of the held-out prompts at a step that was looked at; NaN: nothing scored."""
+        return _mean(self._seen[step].reward)
+
     def look(self, step: int, metrics: Mapping[str, np.ndarray], tracking: Tracking) -> bool:
         """Takes in an evaluation, writes it down, warns; True where the training should stop."""
         known = step in self._seen

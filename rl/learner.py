@@ -15,18 +15,22 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from policy.causal import freeze
 from policy.policy import PolicySource, load_policy
 from policy.transition import Kernel
 from rl.advantage import Advantages
 from rl.objective import adapt_beta, clipped_ratio_loss, gradient_scale, ratio_norm, spread, velocity_divergence
+from rl.rng import load_rng, save_rng
+from rl.shards import GATHERED, held, part_of, whole
 from rl.weights import Weights, pack
 from rollout.records import Replay
-from rollout.replay import ReplayBatch, batches
+from rollout.replay import ReplayBatch, batches, in_parts
 
 AVERAGED = "learner/averaged.safetensors"
 """The averaged weights in float32, in checkpoints of a policy of bfloat16."""
+RNG = "learner/rng_{rank}.pt"
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,11 @@ def deepspeed_config(settings: LearnerSettings, ranks: int) -> dict[str, Any]:
         "gradient_clipping": settings.grad_clip,
         "steps_per_print": 10**9,
         "bf16": {"enabled": settings.bf16},
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "stage3_max_live_parameters": GATHERED,
+            "stage3_max_reuse_distance": GATHERED,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -141,11 +149,15 @@ class Learner:
             )
         net, s = self.policy.net, self.settings
         self.reference = self.policy.reference().to("cuda" if gpu else "cpu") if s.beta else None
+        if self.reference and s.bf16 and s.zero_stage == 3:  # whose policy is all of bfloat16: else they begin apart
+            for p in self.reference.parameters():
+                p.data = p.data.bfloat16()
         freeze(net.model, s.freeze)
+        self.types = {name: p.dtype for name, p in self.policy.weights().items()}
         config = deepspeed_config(s, self.ranks)
         self.engine = deepspeed.initialize(model=net, optimizer=self._optimizer(), config=config)[0]
         # In float32 whatever the policy's type: a step of the average is finer than bfloat16 can tell.
-        self.averaged = {name: p.detach().float().clone() for name, p in self.policy.state_dict().items()}
+        self.averaged = {name: held(p).float().clone() for name, p in self.policy.weights().items()}
 
     def _optimizer(self) -> Callable[..., torch.optim.Optimizer]:
         """Makes AdamW after the engine has cast the weights: those that diffusers keeps in float32 in a policy of
@@ -176,7 +188,10 @@ class Learner:
         """
         s = self.settings
         flat = [replay for chunk in replays for replay in chunk]
-        work = [ReplayBatch(tuple(flat[i] for i in indices)) for indices in batches(flat, s.micro_batch)]
+        parts = batches(flat, s.micro_batch)
+        if s.zero_stage > 1:  # with it the ranks meet in every pass
+            parts = in_parts(parts, int(self._over_ranks(len(parts), ReduceOp.MAX)))
+        work = [ReplayBatch(tuple(flat[i] for i in indices)) for indices in parts]
         total = sum(len(replay.actions) for replay in flat)
         before: list[Evaluation] = []
         stats = {"lr": self._set_lr()}
@@ -204,7 +219,7 @@ class Learner:
             stats |= dict(zip(("policy_loss", "kl", "clip_fraction", "ratio"), (sums / total).tolist()))
         if s.kl_target:
             stats["beta"] = self.beta
-            self.beta = adapt_beta(self.beta, self._over_ranks(stats["kl"]), s.kl_target)
+            self.beta = adapt_beta(self.beta, self._over_ranks(stats["kl"]) / self.ranks, s.kl_target)
         self.version += 1
         return stats if self.reference else stats | {"kl": math.nan}
 
@@ -250,44 +265,61 @@ class Learner:
             [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         ).item()
 
-    def _over_ranks(self, value: float) -> float:
-        mean = torch.tensor(value / self.ranks, device=self.policy.device)
-        torch.distributed.all_reduce(mean)
-        return mean.item()
+    def _over_ranks(self, value: float, operation: ReduceOp.RedOpType = ReduceOp.SUM) -> float:
+        reduced = torch.tensor(float(value), device=self.policy.device)
+        torch.distributed.all_reduce(reduced, operation)
+        return reduced.item()
 
     def _average(self) -> None:
-        for name, p in self.policy.state_dict().items():
-            self.averaged[name].lerp_(p.detach().float(), 1 - self.settings.ema)
+        for name, p in self.policy.weights().items():
+            self.averaged[name].lerp_(held(p).float(), 1 - self.settings.ema)
 
     def _state(self, averaged: bool) -> dict[str, Tensor]:
-        """The present or the averaged weights, in the policy's types."""
-        state = self.policy.state_dict()
-        return {name: self.averaged[name].to(p.dtype) for name, p in state.items()} if averaged else state
+        """The present weights, or the averaged ones in float32, whole, on the CPU; empty on all ranks but 0, and all
+        must call.
+        """
+        state = {}
+        for name, p in self.policy.weights().items():
+            tensor = whole(p, self.averaged[name] if averaged else held(p))
+            if self.rank == 0:
+                state[name] = tensor.cpu()
+        return state
+
+    def _typed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In the types of the policy that rolls out."""
+        return {name: tensor.to(self.types[name]) for name, tensor in state.items()}
 
     def weights(self, averaged: bool = False) -> Weights | None:
-        """Rank 0: the present (or averaged) weights, to be sent before the next update; other ranks: None."""
-        return pack(self._state(averaged), self.version, copy=False) if self.rank == 0 else None
+        """Rank 0: the present (or averaged) weights, to be sent before the next update; other ranks: None. All ranks must
+        call."""
+        state = self._typed(self._state(averaged))
+        return pack(state, self.version, copy=False) if self.rank == 0 else None
 
-    def save(self, path: str) -> None:
-        """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/; all ranks must call."""
+    def save(self, path: str) -> int:
+        """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/; all ranks must call.
+        Returns the version."""
         root = Path(path)
-        client = {"version": self.version, "rng": {"torch": torch.get_rng_state()}, "beta": self.beta}
+        client = {"version": self.version, "beta": self.beta}
         self.engine.save_checkpoint(str(root / "learner"), tag="engine", client_state=client, save_latest=False)
+        save_rng(root / RNG.format(rank=self.rank))  # the engine keeps rank 0's client state alone
+        averaged = self._state(averaged=True)
         if self.rank == 0:
-            save_file(self._state(averaged=True), root / "policy.safetensors")
+            save_file(self._typed(averaged), root / "policy.safetensors")
             if self.settings.bf16:
-                save_file(self.averaged, root / AVERAGED)
+                save_file(averaged, root / AVERAGED)
+        return self.version
 
     def load(self, path: str) -> int:
         """Restores what `save` wrote; returns the version."""
         root, s = Path(path), self.settings
         _, client = self.engine.load_checkpoint(str(root / "learner"), tag="engine")
         self.version = client["version"]
-        torch.set_rng_state(client["rng"]["torch"])
+        load_rng(root / RNG.format(rank=self.rank))
         if s.kl_target:
             self.beta = client["beta"]
         averaged = root / (AVERAGED if s.bf16 else "policy.safetensors")
-        self.averaged = load_file(averaged, device=str(self.policy.device))
+        state = load_file(averaged)
+        self.averaged = {name: part_of(p, state[name]) for name, p in self.policy.weights().items()}
         return self.version
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from policy.attention import packed_mask, visible_from
+from rl.shards import GATHERED
 
 GIB = 2**30
 MOST = 4096  # members: larger groups are not looked for
@@ -238,16 +239,19 @@ def learner_parts(s: Shape, work: Work, ranks: int) -> list[Part]:
     passes = max(backward_bytes(s, length, rows), inference_bytes(s, length, rows))
     bucket = grad * (BUCKET if stage else min(s.trained, BUCKET))
     adapters = 4 * s.trained if s.lora else 0
+    whole = b * s.weights + adapters
+    stays = "" if stage == 3 else "passes"
     micro = "learner.micro_batch or gradient checkpointing"
     return [
-        Part("learner", "weights", (b * s.weights + adapters) / sharded[2], "learner.zero_stage"),
+        Part("learner", "weights", whole / sharded[2], "learner.zero_stage"),
+        Part("learner", "gathered weights", min(whole, b * GATHERED) if stage == 3 else 0, "learner.zero_stage"),
         Part("learner", "reference", 0 if s.lora else b * s.weights, "policy"),
-        Part("learner", "averaged weights", adapters or b * s.weights, "policy"),
+        Part("learner", "averaged weights", 4 * (s.trained if s.lora else s.weights) / sharded[2], "policy"),
         Part("learner", "optimizer", (8 + master) * s.trained / sharded[0], "learner.zero_stage"),
         Part("learner", "gradients", grad * s.trained / sharded[1], "learner.zero_stage"),
         Part("learner", "kept for the backward", saved_bytes(s, length, rows), micro, "passes"),
         Part("learner", "backward, or reference", passes, micro, "passes"),
-        Part("learner", "gradient bucket", bucket, "learner.zero_stage", "passes"),
+        Part("learner", "gradient bucket", bucket, "learner.zero_stage", stays),
         Part("learner", "optimizer step", 12 * s.trained / sharded[0], "learner.zero_stage", "step"),
     ]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,9 @@ log = logging.getLogger(__name__)
 # In the environment before the process starts, so that they hold before any import. Contended OpenMP threads cost 10x.
 SINGLE_THREADED = {name: "1" for name in ("OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")}
 GRACE_S = 5.0  # how long the other ranks of a failed call in lockstep may take to say what they saw
-PATIENCE_S = 5.0  # without news: look again, and say which replica finds no place
+PATIENCE_S = 5.0  # without a place: look why, and say so
+POLL_S = 1.0  # without news: let the caller look around, such as whether it is asked to stop
+FLEET = "DRAGLINE_FLEET"  # environment variable of a worker process: the name of its fleet
 READY, BUILD = "__ready__", "__build__"
 _LIVE: list[RayFleet] = []
 
@@ -50,6 +53,7 @@ def ray_session(address: str = "local", num_cpus: int | None = None, object_stor
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if address == "local":
             store = int(object_store_gb * 2**30)
@@ -59,6 +63,8 @@ def ray_session(address: str = "local", num_cpus: int | None = None, object_stor
             ray.init(address)
     except ConnectionError as error:
         raise FleetSpecError(f"no Ray cluster at {address!r}: run `ray start --head` or use cluster=local") from error
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in the place of the caller's
     try:
         yield
     finally:
@@ -182,7 +188,7 @@ class RayFleet(Fleet):
         return batch.task
 
     def advance(self) -> None:
-        _turn(PATIENCE_S)
+        _turn(POLL_S)
 
     def close(self) -> None:
         if self not in _LIVE:
@@ -321,7 +327,7 @@ class RayFleet(Fleet):
 
     def _spawn(self, index: int) -> _Replica:
         given = dict(self.spec.runtime_env)
-        environment = SINGLE_THREADED | given.get("env_vars", {}) | dict(self.spec.env)
+        environment = SINGLE_THREADED | {FLEET: self.spec.name} | given.get("env_vars", {}) | dict(self.spec.env)
         try:
             options = _Host.options(
                 num_cpus=self.spec.num_cpus,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from rl import checkpoint
 from rl.advantage import TermWeight
+from rl.checkpoint_store import CheckpointStore
 from rl.evaluation import compare, stack
 from rl.fleet import Fleet, as_completed, fetch
 from rl.hack_watch import HackWatch
@@ -20,6 +20,7 @@ from rl.loop import Clock, Fleets, LoopSettings, synchronise, train
 from rl.progress import Progress
 from rl.report import figures, filmstrip, side_by_side, write_mp4, write_report
 from rl.run_folder import RunFolder
+from rl.stop import Stopped
 from rl.tracking import Tracking
 from rollout.prompts import DragPrompt
 from rollout.records import Films
@@ -77,12 +78,13 @@ def measure(rollout: Fleet, judges: Judges, heldout: HeldOut) -> Measured:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run writes. keep: checkpoints that stay. fps: of its videos."""
+    """Where a run writes. fps: of its videos. config: goes into every checkpoint, for a resume to compare with."""
 
     folder: RunFolder
     tracking: Tracking
-    keep: int
+    store: CheckpointStore
     fps: float
+    config: dict[str, Any]
 
 
 def run(
@@ -95,7 +97,7 @@ def run(
     resume: Path | None,
 ) -> dict[str, Any]:
     """Measures the base, trains, measures the tuned policy, writes report.html and summary.json; returns the
-    summary.
+    summary. Where the run is asked to stop, what is trained is saved before Stopped passes.
     """
     started, clock = time.perf_counter(), Clock()
     folder, tracking = output.folder, output.tracking
@@ -108,38 +110,62 @@ def run(
                 watch.draw(step, measured.metrics, measured.film, tracking, output.fps)
         return measured.metrics, measured.films(), stop
 
-    start = 0
+    start, best = 0, None
     if resume is not None:
         start = fetch(fleets.learner.broadcast("load", str(resume)))[0]
+        best = checkpoint.read_manifest(resume).get("best")
+        folder.restore(resume)
         folder.truncate_after(start)
         watch.resume(start)
     base, base_films, _ = look(0)
     synchronise(fleets)
 
-    last = settings.iterations
+    last, done, saved = settings.iterations, start, start
     with Progress(settings.iterations, start) as progress:
 
         def log(step: int, metrics: dict[str, float]) -> None:
+            nonlocal done
             folder.append(step, metrics)
             tracking.log(metrics, step)
             progress.update(metrics)
+            done = step
 
         def save(step: int) -> None:
+            nonlocal saved
+            if step == saved:
+                return
+
+            def write(path: Path) -> None:
+                versions = fetch(fleets.learner.broadcast("save", str(path)))
+                if versions != [step] * len(versions):
+                    raise RuntimeError(f"the learner's ranks hold versions {versions}, not {step}")
+                folder.keep(path)
+
             folder.sync()
-            manifest = {"mlflow_run_id": tracking.run_id, "seed": settings.seed}
-            write: Callable[[Path], Any] = lambda path: fleets.learner.broadcast("save", str(path))  # noqa: E731
-            checkpoint.save(folder.checkpoints, step, write, manifest)
-            checkpoint.prune(folder.checkpoints, output.keep)
+            manifest = {"mlflow_run_id": tracking.run_id, "config": output.config, "best": best}
+            output.store.save(step, write, manifest, best and best["step"])
+            saved = step
 
         def evaluate(step: int) -> bool:
-            nonlocal last
+            nonlocal last, best
             synchronise(fleets, averaged=True)
             stop = look(step)[2]
             synchronise(fleets)
             last = step if stop else last
+            if (reward := watch.reward(step)) > (best["reward"] if best else -np.inf):
+                best = {"step": step, "reward": reward}
+                save(step)
             return stop
 
-        seconds = train(fleets, terms, settings, start, log, save, evaluate).seconds
+        due = settings.evaluate_every and start % settings.evaluate_every == 0 and 0 < start < settings.iterations
+        if due and not watch.knows(start) and evaluate(start):  # what a stop came before
+            start = settings.iterations
+
+        try:
+            seconds = train(fleets, terms, settings, start, log, save, evaluate).seconds
+        except Stopped:
+            save(done)
+            raise
 
     synchronise(fleets, averaged=True)
     tuned, tuned_films, _ = look(last)

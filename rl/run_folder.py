@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+RECORDS = ("metrics.jsonl", "watch/evaluations.jsonl")
 
 
 class RunFolderError(ValueError):
@@ -19,6 +22,7 @@ class RunFolderError(ValueError):
 class RunFolder:
     """outputs/<job>/<timestamp>/{config.yaml, metrics.jsonl, checkpoints/, videos/, report.html, summary.json}.
 
+    config.yaml is the configuration of the latest start; config/segment_<k>.yaml are those before and after a change.
     metrics.jsonl holds one object per iteration: {"step": 3, "train/kl": 0.01, ...}, null where a value is not finite.
     Every method raises RunFolderError where the disk does not do what it should.
     """
@@ -26,6 +30,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.metrics, self.summary = path / "config.yaml", path / "metrics.jsonl", path / "summary.json"
+        self.segments = path / "config"
         self.checkpoints, self.videos, self.report = path / "checkpoints", path / "videos", path / "report.html"
 
     @classmethod
@@ -61,7 +66,13 @@ class RunFolder:
         return cls.open(Path(run_dir).resolve()) if run_dir else cls.create(Path("outputs").resolve(), job)
 
     def write_config(self, text: str) -> None:
+        """Of this start; a new segment if the one before had another."""
         write_atomically(self.config, text)
+        segments = sorted(self.segments.glob("segment_*.yaml"), key=lambda path: int(path.stem.split("_")[1]))
+        if not segments or segments[-1].read_text() != text:
+            with _disk(self.segments):
+                self.segments.mkdir(exist_ok=True)
+            write_atomically(self.segments / f"segment_{len(segments)}.yaml", text)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.summary, json.dumps(_finite(summary), indent=2) + "\n")
@@ -71,6 +82,22 @@ class RunFolder:
         line = json.dumps(_finite({"step": step, **metrics})) + "\n"
         with _disk(self.metrics), self.metrics.open("a") as file:
             file.write(line)
+
+    def keep(self, checkpoint: Path) -> None:
+        """Copies what a resume on another machine would miss into a checkpoint that is being written."""
+        for name in RECORDS:
+            if (self.path / name).exists():
+                with _disk(checkpoint / name):
+                    (checkpoint / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(self.path / name, checkpoint / name)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Takes from a checkpoint what is missing here."""
+        for name in RECORDS:
+            if (checkpoint / name).exists() and not (self.path / name).exists():
+                with _disk(self.path / name):
+                    (self.path / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(checkpoint / name, self.path / name)
 
     def sync(self) -> None:
         """Forces metrics.jsonl to the disk; call it before each checkpoint, so that the log is never behind it."""

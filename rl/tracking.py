@@ -54,16 +54,19 @@ class Tracking:
         self._changed = threading.Condition()
         if uri is not None:
             spool.mkdir(parents=True, exist_ok=True)
+            self._known = spool / "run_id"  # of a process that was killed before its first checkpoint
             # Unbuffered, so that what a write left undone is known at once and overwritten by the next one.
             self._file = os.fdopen(os.open(spool / "records.jsonl", os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
             self._end, self._sent = self._file.read().rfind(b"\n") + 1, 0
+            if run_id is None and self._known.exists():
+                self.run_id = self._known.read_text()
             self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     @classmethod
     def open(cls, uri: str | None, experiment: str, run_id: str | None = None, *, params: dict[str, Any],
              tags: dict[str, str], required: bool, spool: Path, timeout: float = 30, retry_s: float = 60,
              ) -> Tracking:  # fmt: skip
-        """Creates a run, or reopens run_id (from the checkpoint manifest) to go on with it.
+        """Creates a run, or reopens run_id (from the checkpoint manifest; None: the spool's last one) to go on with it.
 
         uri: an MLflow tracking URI; artifacts of a sqlite store go to `mlruns` beside its file. None tracks nothing.
         params: the configuration, nested; logged flat as the run's params when it is created, and as the artifact
@@ -152,7 +155,10 @@ class Tracking:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         killed = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
-        self.close("FINISHED" if kind is None else "KILLED" if killed else "FAILED")
+        if killed:  # by somebody who waits
+            self.close("KILLED", timeout=5)
+        else:
+            self.close("FINISHED" if kind is None else "FAILED")
 
     def _put(self, kind: str, step: int, **fields: Any) -> None:
         if self.uri is None:
@@ -234,6 +240,7 @@ class Tracking:
         if run is None:
             run = client.create_run(self._experiment_id(client))
             self.run_id, self._announced = run.info.run_id, False
+            self._known.write_text(self.run_id)
         if not self._announced:
             self._announce(client)
         with self._changed:

@@ -96,3 +96,15 @@ def batches(replays: Sequence[Replay], size: int) -> list[list[int]]:
     for i, replay in enumerate(replays):
         by_signature.setdefault(replay.signature, []).append(i)
     return [same[i : i + size] for same in by_signature.values() for i in range(0, len(same), size)]
+
+
+def in_parts(batches: Sequence[list[int]], count: int) -> list[list[int]]:
+    """The same in `count` batches: the largest are halved until there are as many. ValueError where they hold fewer."""
+    parts = list(batches)
+    while len(parts) < count:
+        i = max(range(len(parts)), key=lambda i: len(parts[i]))
+        if len(parts[i]) == 1:
+            raise ValueError(f"{len(parts)} replays cannot be learnt from in {count} passes")
+        middle = len(parts[i]) // 2
+        parts[i : i + 1] = parts[i][:middle], parts[i][middle:]
+    return parts

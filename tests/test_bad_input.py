@@ -28,6 +28,7 @@ def complaint(capsys, *overrides: str) -> str:
         ("rollout.select=branch", "rollout.select"),
         ("rollout.explore=sideways", "rollout.explore"),
         ("rollout.prompts_per_task=7", "rollout.prompts_per_task"),
+        ("rollout.prompts_per_task=0", "rollout.prompts_per_task=0"),
         ("learner.ranks=2", "learner.ranks"),
         ("learner.zero_stage=4", "learner.zero_stage"),
         ("learner.kl_target=0", "learner.kl_target"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rl.checkpoint import CheckpointError, latest, prune, resolve, save, verify
+from rl.checkpoint import CheckpointError, Retention, latest, prune, resolve, save, verify
 
 
 def weights(step: int, size: int = 1000) -> Callable[[Path], None]:
@@ -111,10 +111,17 @@ def test_a_run_taken_back_to_an_early_step_goes_on_from_its_new_branch(root: Pat
     assert latest(root)[0] == root / "step_000015"
     save(root, 30, weights(31), {})  # replaces the abandoned branch's
     assert value(latest(root)[0]) == 31.0
-    prune(root, keep=2)
+    prune(root, Retention(last=2))
     assert {path.name for path in root.iterdir()} == {"step_000015", "step_000030"}
-    with pytest.raises(CheckpointError, match="keep must be at least 1"):
-        prune(root, keep=0)
+
+
+def test_what_stays_are_the_last_ones_every_nth_and_the_best(root: Path) -> None:
+    for step in (40, 50, 60):
+        save(root, step, weights(step), {})
+    prune(root, Retention(last=2, every=20), best=30)
+    assert {path.name for path in root.iterdir()} == {f"step_0000{step}" for step in (20, 30, 40, 50, 60)}
+    prune(root, Retention(last=1))
+    assert {path.name for path in root.iterdir()} == {"step_000060"}
 
 
 def test_a_manifest_key_of_the_callers_cannot_hide_one_of_ours(root: Path) -> None:

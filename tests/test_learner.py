@@ -13,7 +13,6 @@ from tiny import plans, prompts, tiny_policy
 from policy.causal import freeze
 from policy.policy import load_policy
 from policy.transition import Kernel
-from rl.fleet import FleetSpec, closing, fetch, make_fleet
 from rl.learner import Learner, LearnerSettings
 from rl.weights import install
 from rollout.group import GroupSampler, RolloutSettings
@@ -190,20 +189,3 @@ def disagreement(policy_path: str, a: dict, b: dict) -> float:
     start = load_policy(policy_path).state_dict()
     flat = [torch.cat([(torch.as_tensor(w[k]) - start[k]).flatten() for k in start]) for w in (a, b)]
     return ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2])
-def test_two_ranks_learn_what_one_learns(policy_path, experience, ray_local, stage):
-    expected = alone(policy_path)
-    expected.update(*experience)
-    chunks, advantages = experience
-    spec = FleetSpec("learner", replicas=2, timeout_s=120, start_timeout_s=240, replace=False)
-    with closing(make_fleet("ray", Learner, spec, (policy_path, None, KERNEL, settings(zero_stage=stage), 2))) as (
-        ranks,
-    ):
-        address = fetch(ranks.broadcast("address")[0])
-        ranks.scatter("join", [(rank, address) for rank in range(2)])
-        ranks.scatter("update", [([chunks[rank]], advantages) for rank in range(2)])
-        weights = fetch(ranks.broadcast("weights", False)[0])
-    assert disagreement(policy_path, state(expected), dict(weights.arrays)) < 1e-3

@@ -80,6 +80,9 @@ def test_a_wan_that_is_there_is_planned_from_its_files_and_not_from_its_weights(
     (["policy=wan_1_3b", "policy.lora.rank=4", "policy.lora.targets=[q_proj]"], "policy.lora.targets"),
     (["policy.lora.rank=-1"], "policy.lora needs a rank"),
     (["rollout.select=branch"], "rollout.select"),
+    (["rollout.prompts_per_task=0"], "rollout.prompts_per_task=0"),
+    (["rollout.eta=0"], "rollout.eta=0"),
+    (["learner.micro_batch=0"], "learner.micro_batch"),
 ])  # fmt: skip
 def test_what_cannot_fit_or_is_wrong_ends_in_one_line_that_names_the_key(capsys, overrides, named):
     status, _, err = plan(capsys, *overrides)

@@ -12,7 +12,7 @@ from rl.objective import clipped_ratio_loss
 from rollout.group import EXPLORES, GroupSampler, RolloutSettings
 from rollout.plan import SELECTS
 from rollout.records import Replay
-from rollout.replay import ReplayBatch, batches
+from rollout.replay import ReplayBatch, batches, in_parts
 
 MEMBERS = 4
 WINDOWS = [{"window": None, "sink": 0}, {"window": 4, "sink": 1}]
@@ -187,3 +187,10 @@ def test_batches_hold_every_replay_once_with_its_like_and_in_order(lengths, size
         assert 1 <= len(batch) <= size and batch == sorted(batch)
         assert len({lengths[i] for i in batch}) == 1
     assert len(made) == sum(-(-lengths.count(n) // size) for n in set(lengths))
+
+
+def test_batches_are_halved_until_there_are_as_many_as_asked_for():
+    assert in_parts([[0, 1, 2, 3], [4]], 2) == [[0, 1, 2, 3], [4]]
+    assert in_parts([[0, 1, 2, 3], [4]], 4) == [[0], [1], [2, 3], [4]]
+    with pytest.raises(ValueError, match="2 replays cannot be learnt from in 3 passes"):
+        in_parts([[0, 1]], 3)

@@ -81,7 +81,7 @@ def test_a_run_holds_params_metrics_videos_strips_and_its_status(store, start, t
     beside = Path(store.removeprefix("sqlite:///")).parent.as_uri()
     assert run.info.artifact_uri.startswith(f"{beside}/mlruns/")
     assert not list(elsewhere.iterdir())  # nothing lands in the working directory
-    assert [path.name for path in (tmp_path / "spool").iterdir()] == ["records.jsonl"]
+    assert {path.name for path in (tmp_path / "spool").iterdir()} == {"records.jsonl", "run_id"}
     assert (tmp_path / "spool" / "records.jsonl").stat().st_size == 0
 
 
@@ -100,6 +100,15 @@ def test_a_resume_goes_on_with_the_run_whatever_the_new_config_says(store, start
     assert artifacts(store, first.run_id, "config") == ["config/segment_0.yaml", "config/segment_1.yaml"]
     run = client(store).get_run(first.run_id)
     assert run.data.params["train.iterations"] == "10" and run.data.tags["resume.1.commit"] == "abc"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_the_same_run_afterwards(store, start):
+    with start() as first:
+        first.log({"a": 0}, 0)
+    with start() as second:
+        second.log({"a": 0}, 0)
+        second.log({"a": 1}, 1)
+    assert second.run_id == first.run_id and history(store, first.run_id, "a") == [(0, 0), (1, 1)]
 
 
 def test_a_run_that_the_store_does_not_know_is_continued_by_a_new_one(store, start):

@@ -1,0 +1,48 @@
+"""What a single key cannot tell of itself: rules, each with the line that a user reads where it does not hold."""
+
+from __future__ import annotations
+
+from jobs.config import LearnerConfig, RolloutConfig
+from policy.transition import KERNELS
+from rl.advantage import STDS
+from rollout.group import EXPLORES
+from rollout.plan import SELECTS
+
+Rule = tuple[object, str]
+
+
+def rollout_rules(r: RolloutConfig) -> list[Rule]:
+    return [
+        (r.select in SELECTS, f"rollout.select={r.select} is none of {', '.join(SELECTS)}"),
+        (r.explore in EXPLORES, f"rollout.explore={r.explore} is none of {', '.join(EXPLORES)}"),
+        (r.kernel in KERNELS, f"rollout.kernel={r.kernel} is none of {', '.join(KERNELS)}"),
+        (r.group_size >= 2, f"rollout.group_size={r.group_size}: a group needs at least 2 members to compare"),
+        (0 < r.eta <= 1, f"rollout.eta={r.eta} must lie in (0, 1]: with 0 nothing is explored"),
+        (r.amplitude > 0, f"rollout.amplitude={r.amplitude} must be above 0"),
+        (not r.antithetic or r.group_size % 2 == 0, "rollout.antithetic needs an even rollout.group_size"),
+        (
+            r.prompts_per_task >= 1 and r.prompts_per_iteration % r.prompts_per_task == 0,
+            f"rollout.prompts_per_iteration={r.prompts_per_iteration} must be a "
+            f"multiple of rollout.prompts_per_task={r.prompts_per_task}",
+        ),
+    ]
+
+
+def learner_rules(l: LearnerConfig) -> list[Rule]:
+    return [
+        (l.zero_stage in (0, 1, 2, 3), f"learner.zero_stage={l.zero_stage} must be 0, 1, 2 or 3"),
+        (
+            l.micro_batch >= 1 and l.updates_per_rollout >= 1,
+            "learner.micro_batch and learner.updates_per_rollout must be at least 1",
+        ),
+        (
+            l.decay_iterations is None or l.decay_iterations >= 1,
+            f"learner.decay_iterations={l.decay_iterations} must be at least 1, or null for a constant rate",
+        ),
+        (0 <= l.ema < 1, f"learner.ema={l.ema} must lie in [0, 1)"),
+        (
+            l.kl_target is None or (l.kl_target > 0 and l.beta > 0),
+            f"learner.kl_target={l.kl_target} (null: beta stays) must be above 0, and learner.beta={l.beta} too",
+        ),
+        (l.advantage_std in STDS, f"learner.advantage_std={l.advantage_std} is none of {', '.join(STDS)}"),
+    ]

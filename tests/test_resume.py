@@ -1,0 +1,115 @@
+"""What a run that goes on restores, and what it may change."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from jobs_cases import run_job, small_run  # noqa: F401  (a fixture)
+from test_learner import KERNEL, experience, policy_path, settings  # noqa: F401  (fixtures)
+
+from jobs.cli import ConfigError
+from jobs.resume import changes
+from rl.fleet import FleetSpec, closing, fetch, make_fleet
+from rl.learner import Learner
+
+BEFORE = {
+    "seed": 1,
+    "run_dir": "a",
+    "policy": {"path": "p", "wan": None, "lora": {"rank": 4}},
+    "learner": {"lr": 0.1, "ranks": 1, "freeze": ["x"], "decay_iterations": None},
+    "rewards": {"near": {}},
+}
+
+
+def changed(**parts) -> dict:
+    return BEFORE | {name: BEFORE[name] | part if isinstance(part, dict) else part for name, part in parts.items()}
+
+
+def test_what_changes_is_told_key_by_key():
+    assert changes(BEFORE, BEFORE) == []
+    assert changes(BEFORE, changed(run_dir="b")) == []
+    assert changes(BEFORE, changed(learner={"lr": 0.2}, rewards={"far": {"weight": 1}})) == [
+        "learner.lr: 0.1 -> 0.2",
+        "rewards.far.weight: absent -> 1",
+    ]
+    assert changes(BEFORE, changed(policy={"of_a_later_version": 3})) == ["policy.of_a_later_version: absent -> 3"]
+
+
+@pytest.mark.parametrize(
+    "part, key",
+    [
+        ({"seed": 2}, r"seed: 1 -> 2: .* cannot change seed"),
+        ({"policy": {"lora": {"rank": 8}}}, r"policy\.lora\.rank: 4 -> 8: .* cannot change policy"),
+        ({"policy": {"wan": {"height": 480}}}, r"policy\.wan: None -> absent: .* cannot change policy"),
+        ({"learner": {"ranks": 2}}, r"learner\.ranks: 1 -> 2"),
+        ({"learner": {"freeze": []}}, r"learner\.freeze: \['x'\] -> \[\]: .*restore it, or choose another run_dir"),
+    ],
+)
+def test_what_must_stay_is_refused_by_its_key(part, key):
+    with pytest.raises(ConfigError, match=key):
+        changes(BEFORE, changed(**part))
+
+
+def test_attention_and_caches_of_the_policy_may_change():
+    before = changed(policy={"wan": {"attention": "sdpa", "height": 480}})
+    assert changes(before, changed(policy={"wan": {"attention": "flex", "height": 480}}))
+    with pytest.raises(ConfigError, match=r"policy\.wan\.height"):
+        changes(before, changed(policy={"wan": {"attention": "sdpa", "height": 832}}))
+
+
+def test_a_changed_setting_is_written_down_where_the_run_is(small_run, tmp_path, capsys):  # noqa: F811
+    run, store = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    more = (f"run_dir={run}", f"tracking.uri={store}", "train.checkpoint_every=1")
+    assert run_job("train", *small_run, *more, "train.iterations=1") == 0
+    assert run_job("train", *small_run, *more, "train.iterations=1", "seed=5") == 1
+    assert "seed: 0 -> 5: a run that goes on cannot change seed" in capsys.readouterr().err
+    assert run_job("train", *small_run, *more, "train.iterations=2", "learner.lr=0.001") == 0
+    told = capsys.readouterr().out
+    assert "changed: learner.lr: 0.0003 -> 0.001\n" in told and "changed: train.iterations: 1 -> 2\n" in told
+    assert [path.name for path in sorted((run / "config").iterdir())] == ["segment_0.yaml", "segment_1.yaml"]
+    assert "lr: 0.0003" in (run / "config/segment_0.yaml").read_text()
+    assert (run / "config/segment_1.yaml").read_text() == (run / "config.yaml").read_text()
+    manifest = json.loads((run / "checkpoints/step_000002/manifest.json").read_text())
+    assert manifest["config"]["learner"]["lr"] == 0.001
+    tags = mlflow.MlflowClient(store).get_run(manifest["mlflow_run_id"]).data.tags
+    assert "learner.lr: 0.0003 -> 0.001" in tags["resume.1.changed"] and "changed" not in tags
+
+
+class DrawingLearner(Learner):
+    """A learner that draws random numbers, as dropout would, to show that its generators are its own."""
+
+    def seed(self, seed: int) -> None:
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+
+    def draw(self) -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), torch.rand(()).item()
+
+
+@pytest.mark.slow
+def test_each_of_two_ranks_resumes_its_own_generators_and_share_of_the_optimizer(request, ray_local, tmp_path):
+    path, (chunks, advantages) = (request.getfixturevalue(name) for name in ("policy_path", "experience"))
+    rows = [([chunks[rank]], advantages) for rank in range(2)]
+    spec = FleetSpec("learner", replicas=2, timeout_s=120, start_timeout_s=240, replace=False)
+    args = (path, None, KERNEL, settings(zero_stage=2, ratio_tolerance=10.0), 2)
+    found = []
+    for resumed in (False, True):
+        with closing(make_fleet("ray", DrawingLearner, spec, args)) as (ranks,):
+            address = fetch(ranks.broadcast("address")[0])
+            ranks.scatter("join", [(rank, address) for rank in range(2)])
+            if resumed:
+                assert fetch(ranks.broadcast("load", str(tmp_path))) == [1, 1]
+            else:
+                ranks.scatter("seed", [(rank,) for rank in range(2)])
+                ranks.scatter("update", rows)
+                ranks.broadcast("save", str(tmp_path))
+            drawn = fetch(ranks.broadcast("draw"))
+            ranks.scatter("update", rows)
+            found.append((drawn, fetch(ranks.broadcast("weights", False)[0]).digest))
+    (drawn, digest), (drawn_again, digest_again) = found
+    assert drawn_again == drawn and drawn[0] != drawn[1]
+    assert digest_again == digest
