@@ -290,8 +290,8 @@ class Learner:
         return {name: tensor.to(self.types[name]) for name, tensor in state.items()}
 
     def weights(self, averaged: bool = False) -> Weights | None:
-        """Rank 0: the present (or averaged) weights, to be sent before the next update; other ranks: None. All ranks must
-        call."""
+        """Rank 0: the present (or averaged) weights, to be sent before the next update; other ranks: None. All ranks
+        must call."""
         state = self._typed(self._state(averaged))
         return pack(state, self.version, copy=False) if self.rank == 0 else None
 

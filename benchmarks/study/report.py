@@ -115,11 +115,11 @@ def plot(arms: Runs, path: Path) -> None:
 
 
 ABOUT = """Held-out gain per CPU-second: the share by which the two track errors have fallen, on average; the second
-tracker rewards nobody. Every `select` + `explore` with its own learning rate, prompts per iteration, stiffness (the weight of
-the divergence is stiffness / sqrt(dimensions of an action)) and amplitude, found by the same search on dev prompts;
-groups of 8, a constant learning rate, the time embedding trained. Held-out prompts are the seed's own. CPU time is that
-of rollout, rewards and learner in one process; mean ± standard deviation over the seeds. "permuted": advantages go to
-random members of their group.
+tracker rewards nobody. Every `select` + `explore` with its own learning rate, prompts per iteration, stiffness (the
+weight of the divergence is stiffness / sqrt(dimensions of an action)) and amplitude, found by the same search on dev
+prompts; groups of 8, a constant learning rate, the time embedding trained. Held-out prompts are the seed's own. CPU
+time is that of rollout, rewards and learner in one process; mean ± standard deviation over the seeds. "permuted":
+advantages go to random members of their group.
 """
 
 
