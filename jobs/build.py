@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli import ConfigError, require
-from jobs.config import PolicyConfig, RewardRoleConfig, RoleConfig, TrainConfig, settings_of
+from jobs.config import PolicyConfig, RoleConfig, TrainConfig, settings_of
 from jobs.plugins import make_source, make_terms, read_fleets, read_sources, read_terms
-from jobs.rules import learner_rules, rollout_rules
+from jobs.rules import async_rules, learner_rules, rollout_rules
 from policy.lora import LoraSettings
 from policy.policy import PolicySource, Settings
 from policy.transition import Kernel
@@ -37,6 +37,7 @@ def validate(c: TrainConfig) -> Settings:
     rules = [
         *rollout_rules(r),
         *learner_rules(l),
+        *async_rules(getattr(c, "async")),
         (0 <= r.horizon < blocks, f"rollout.horizon={r.horizon} must lie in 0..{blocks - 1}"),
         (
             r.prompts_per_iteration // max(1, r.prompts_per_task) % l.ranks == 0,
@@ -128,11 +129,12 @@ def loop_settings(c: TrainConfig) -> LoopSettings:
         evaluate_every=c.evaluate.every,
         advantage_std=c.learner.advantage_std,
         best_and_worst=c.learner.best_and_worst,
+        max_staleness=getattr(c, "async").max_staleness,
     )
 
 
 def learner_settings(c: TrainConfig) -> LearnerSettings:
-    return settings_of(LearnerSettings, c.learner)
+    return settings_of(LearnerSettings, c.learner, getattr(c, "async"))
 
 
 def first_prompt(c: TrainConfig, settings: Settings) -> DragPrompt:
@@ -153,17 +155,17 @@ def session(c: TrainConfig) -> Iterator[None]:
 def make_rollout_fleet(c: TrainConfig, settings: Settings) -> Fleet:
     source = partial(make_source, c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)
     args = (policy_source(c.policy), c.policy.weights, rollout_settings(c), source, c.seed, c.rollout.compile)
-    return make_fleet(c.cluster.backend, SyncedRolloutWorker, _spec("rollout", c.cluster.rollout), args)
+    return make_fleet(c.cluster.backend, SyncedRolloutWorker, fleet_specs(c)["rollout"], args)
 
 
 def make_judges(c: TrainConfig) -> Judges:
     """The reward fleets. The text of users' files goes along: their workers need not see this machine's disk."""
-    terms, fleets, held = read_terms(c.rewards), {}, {}
+    terms, specs, fleets, held = read_terms(c.rewards), fleet_specs(c), {}, {}
     sources = read_sources(terms)
     for name, (names, role) in read_fleets(terms, c.cluster.reward).items():
         make = partial(make_terms, {n: asdict(terms[n]) for n in names}, {n: sources[n] for n in names})
         args = (make, c.fps, role.batch_size)
-        fleets[name], held[name] = make_fleet(c.cluster.backend, RewardWorker, _reward_spec(name, role), args), names
+        fleets[name], held[name] = make_fleet(c.cluster.backend, RewardWorker, specs[name], args), names
     return Judges(fleets, held, c.cluster.fault_share)
 
 
@@ -175,13 +177,25 @@ def make_learner(c: TrainConfig) -> Fleet:
             "or train adapters with policy.lora.rank"
         )
     args = (policy_source(c.policy), c.policy.weights, make_kernel(c), learner_settings(c), c.learner.ranks)
-    role = RoleConfig(
-        c.learner.ranks, c.cluster.learner.num_cpus, c.cluster.learner.num_gpus, c.cluster.learner.timeout_s, 0
-    )
-    fleet = make_fleet(c.cluster.backend, Learner, _spec("learner", role, replace=False), args)
+    fleet = make_fleet(c.cluster.backend, Learner, fleet_specs(c)["learner"], args)
     address = fetch(fleet.broadcast("address")[0])
     fleet.scatter("join", [(rank, address) for rank in range(c.learner.ranks)])
     return fleet
+
+
+def fleet_specs(c: TrainConfig) -> dict[str, FleetSpec]:
+    """What every fleet of a training asks for, by name: "rollout", those that judge, "learner"."""
+    # A reward call that was late once would be late again: an iteration waits for it once.
+    reward = {
+        name: _spec(name, role, retry_timeouts=False, memory_gb=role.memory_gb, runtime_env=role.runtime_env)
+        for name, (_, role) in read_fleets(read_terms(c.rewards), c.cluster.reward).items()
+    }
+    ranks = replace(c.cluster.learner, replicas=c.learner.ranks, retries=0)
+    return {
+        "rollout": _spec("rollout", c.cluster.rollout),
+        **reward,
+        "learner": _spec("learner", ranks, replace=False),
+    }
 
 
 def _spec(name: str, role: RoleConfig, **more: Any) -> FleetSpec:
@@ -195,8 +209,3 @@ def _spec(name: str, role: RoleConfig, **more: Any) -> FleetSpec:
         retries=role.retries,
         **more,
     )
-
-
-def _reward_spec(name: str, role: RewardRoleConfig) -> FleetSpec:
-    # A call that was late once would be late again: an iteration waits for it once.
-    return _spec(name, role, retry_timeouts=False, memory_gb=role.memory_gb, runtime_env=role.runtime_env)

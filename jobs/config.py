@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -10,11 +11,11 @@ from omegaconf import MISSING
 Settings = TypeVar("Settings")
 
 
-def settings_of(kind: type[Settings], config: Any) -> Settings:
-    """The settings that a library function takes, read by name from a part of the configuration; lists become
-    tuples.
+def settings_of(kind: type[Settings], *parts: Any) -> Settings:
+    """The settings that a library function takes, read by name from the parts of the configuration that have them;
+    lists become tuples.
     """
-    values = {f.name: getattr(config, f.name) for f in fields(kind)}
+    values = {f.name: getattr(part, f.name) for f in fields(kind) for part in parts if hasattr(part, f.name)}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -164,9 +165,12 @@ class ClusterConfig:
 
 @dataclass
 class TrackingConfig:
+    """parent: id of the MLflow run that this one is shown under, as those of a sweep are; null = none."""
+
     uri: str | None
     experiment: str
     required: bool
+    parent: str | None
 
 
 @dataclass
@@ -200,6 +204,25 @@ class LoopConfig:
 
 
 @dataclass
+class AsyncConfig:
+    """What `rl.pipeline` and `rl.objective.behaviour_weight` say."""
+
+    max_staleness: int
+    weight_cap: float
+
+
+def with_key(key: str, kind: type) -> Callable[[type], type]:
+    """Makes a dataclass with one more field, whose name is a keyword of Python: getattr(config, key) reads it."""
+
+    def decorate(schema: type) -> type:
+        schema.__annotations__[key] = kind
+        setattr(schema, key, field(init=False, repr=False, compare=False))
+        return dataclass(schema)
+
+    return decorate
+
+
+@with_key("async", AsyncConfig)
 class TrainConfig:
     seed: int
     run_dir: str | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.config import LearnerConfig, RolloutConfig
+from jobs.config import AsyncConfig, LearnerConfig, RolloutConfig
 from policy.transition import KERNELS
 from rl.advantage import STDS
 from rollout.group import EXPLORES
@@ -45,4 +45,11 @@ def learner_rules(l: LearnerConfig) -> list[Rule]:
             f"learner.kl_target={l.kl_target} (null: beta stays) must be above 0, and learner.beta={l.beta} too",
         ),
         (l.advantage_std in STDS, f"learner.advantage_std={l.advantage_std} is none of {', '.join(STDS)}"),
+    ]
+
+
+def async_rules(a: AsyncConfig) -> list[Rule]:
+    return [
+        (a.max_staleness >= 0, f"async.max_staleness={a.max_staleness} must be at least 0"),
+        (a.weight_cap >= 1, f"async.weight_cap={a.weight_cap} must be at least 1, the weight of a fresh group"),
     ]

@@ -27,7 +27,7 @@ from rl import checkpoint
 from rl.checkpoint_store import CheckpointStore
 from rl.fleet import closing
 from rl.hack_watch import HackWatch
-from rl.loop import Fleets
+from rl.pipeline import Fleets
 from rl.run import HeldOut, Output, run
 from rl.run_folder import RunFolder
 from rl.stop import stopping
@@ -50,7 +50,7 @@ def main(config: TrainConfig) -> None:
         )
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))
     manifest = checkpoint.read_manifest(resume) if resume else {}
-    tags = {"job": "train"}
+    tags = {"job": "train"} | ({"mlflow.parentRunId": config.tracking.parent} if config.tracking.parent else {})
     if changed := changes(manifest.get("config", values), values):
         print("\n".join(f"changed: {line}" for line in changed))
         tags["changed"] = "; ".join(changed)[:5000]

@@ -21,6 +21,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NoReturn
@@ -132,6 +133,13 @@ class Task:
         """The references in the order the method returned them, replica after replica; empty without a result."""
         return sum(self.parts, ()) if self.done and self.fault is None else ()
 
+    def then(self, follow: Callable[[Task], None]) -> None:
+        """Calls follow(task), which may submit but not wait, when it is done: now, or in a wait for whatever task."""
+        if self.done:
+            follow(self)
+        else:
+            _FOLLOWED.append((self, follow))
+
     def result(self) -> tuple:
         """Waits (other fleets go on meanwhile), then gives `values`. Raises as `Fault.throw` does."""
         while not self.done:
@@ -139,6 +147,30 @@ class Task:
         if self.fault:
             self.fault.throw()
         return self.values
+
+
+_FOLLOWED: list[tuple[Task, Callable[[Task], None]]] = []
+
+
+def follow_up() -> None:
+    """Calls what `Task.then` has promised for tasks that are done by now; fleets do so at the end of every wait."""
+    ready = [promise for promise in _FOLLOWED if promise[0].done]
+    _FOLLOWED[:] = [promise for promise in _FOLLOWED if promise not in ready]
+    for task, follow in ready:
+        follow(task)
+
+
+_DOING: ContextVar[str] = ContextVar("doing", default="")
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Inside the block a stall is reported as one of `what`."""
+    before = _DOING.set(what)
+    try:
+        yield
+    finally:
+        _DOING.reset(before)
 
 
 class Fleet(ABC):

@@ -21,10 +21,18 @@ from policy.causal import freeze
 from policy.policy import PolicySource, load_policy
 from policy.transition import Kernel
 from rl.advantage import Advantages
-from rl.objective import adapt_beta, clipped_ratio_loss, gradient_scale, ratio_norm, spread, velocity_divergence
+from rl.objective import (
+    adapt_beta,
+    behaviour_weight,
+    clipped_ratio_loss,
+    gradient_scale,
+    ratio_norm,
+    spread,
+    velocity_divergence,
+)
 from rl.rng import load_rng, save_rng
 from rl.shards import GATHERED, held, part_of, whole
-from rl.weights import Weights, pack
+from rl.weights import Recent, Weights, pack
 from rollout.records import Replay
 from rollout.replay import ReplayBatch, batches, in_parts
 
@@ -43,7 +51,9 @@ class LearnerSettings:
     eps: of Adam; weights whose gradient is rounding alone (key biases) must not move by the learning rate.
     equalise_steps: weight every action by `gradient_scale`. micro_batch: replays per forward pass.
     updates_per_rollout: optimizer steps on one batch. freeze: patterns (`*`, `?`, of diffusers' names) of weights that
-    are not trained. ratio_tolerance: largest |ratio - 1| that is allowed before the first update.
+    are not trained. ratio_tolerance: largest |ratio - 1| of fresh groups that is allowed before the first update.
+    max_staleness: updates that a group may be older than the policy; as many earlier versions of the weights are kept.
+    weight_cap: of `behaviour_weight`.
     """
 
     lr: float
@@ -64,6 +74,8 @@ class LearnerSettings:
     bf16: bool
     freeze: tuple[str, ...]
     ratio_tolerance: float
+    max_staleness: int
+    weight_cap: float
 
 
 def deepspeed_config(settings: LearnerSettings, ranks: int) -> dict[str, Any]:
@@ -90,11 +102,15 @@ def deepspeed_config(settings: LearnerSettings, ranks: int) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Evaluation:
     """A batch of replays under the policy that the update began with: v [A, C, f, h, w], logp [A, M]; and the
-    reference's velocity.
+    reference's velocity. fresh [A, 1]: whether this very policy generated them; weight [A, M]: `behaviour_weight`, 1
+    where it did; deviation [A, M]: |ratio - 1| to the policy that did.
     """
 
     v: Tensor
     logp: Tensor
+    fresh: Tensor
+    weight: Tensor
+    deviation: Tensor
     reference: Tensor | None
 
 
@@ -115,7 +131,7 @@ class Learner:
     ) -> None:
         self.kernel, self.settings, self.ranks = kernel, settings, ranks
         self.policy = load_policy(policy, weights)
-        self.version, self.beta = 0, settings.beta
+        self.version, self.beta, self.recent = 0, settings.beta, Recent(settings.max_staleness)
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 will listen."""
@@ -182,12 +198,18 @@ class Learner:
     def update(self, replays: Sequence[Sequence[Replay]], advantages: Advantages) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps on this rank's replays (chunks as the workers made them).
 
-        Returns means over this rank's actions. Raises ValueError when the replay's log-probs differ from the
+        Returns means over this rank's actions. Raises ValueError when the log-probs of a fresh replay differ from the
         rollout's by more than `ratio_tolerance` before the first update: rollout and learner then do not run the same
-        policy.
+        policy; and where a replay is more than `max_staleness` updates old.
         """
         s = self.settings
         flat = [replay for chunk in replays for replay in chunk]
+        ages = [self.version - replay.version for replay in flat]
+        if not 0 <= min(ages) <= max(ages) <= s.max_staleness:
+            raise ValueError(f"groups of {min(ages)} to {max(ages)} updates ago reached the learner at version "
+                             f"{self.version}, where async.max_staleness={s.max_staleness}")  # fmt: skip
+        if s.max_staleness:
+            self.weights()  # so that they are kept where no rollout worker asked for them
         parts = batches(flat, s.micro_batch)
         if s.zero_stage > 1:  # with it the ranks meet in every pass
             parts = in_parts(parts, int(self._over_ranks(len(parts), ReduceOp.MAX)))
@@ -196,27 +218,28 @@ class Learner:
         before: list[Evaluation] = []
         stats = {"lr": self._set_lr()}
         for epoch in range(s.updates_per_rollout):
-            sums, deviations = torch.zeros(4), []
+            sums = torch.zeros(5)
             for i, batch in enumerate(work):
                 v = batch.velocity(self.policy, self.engine)
                 logp = batch.log_probs(self.kernel, v)
                 if epoch == 0:
-                    before.append(Evaluation(v.detach(), logp.detach(), self._reference_velocity(batch)))
-                    deviations.append(((before[i].logp - batch.rollout_log_probs()).exp() - 1).abs().max())
+                    before.append(self._evaluation(batch, v.detach(), logp.detach()))
                 loss, parts = self._loss(batch, v, logp, before[i], advantages)
                 sums += parts
                 last = i == len(work) - 1
                 self.engine.set_gradient_accumulation_boundary(last)
                 self.engine.backward(loss / total)
                 if last and epoch == 0:
-                    stats["ratio_deviation"] = self._check(deviations)
+                    stats["ratio_deviation"] = self._check(before)
                 if last and not s.zero_stage:  # with it the engine shards gradients and tells their norm after its step
                     stats["grad_norm"] = self._grad_norm()
                 self.engine.step()
             if s.zero_stage:
                 stats["grad_norm"] = float(self.engine.get_global_grad_norm())
             self._average()
-            stats |= dict(zip(("policy_loss", "kl", "clip_fraction", "ratio"), (sums / total).tolist()))
+            stats |= dict(
+                zip(("policy_loss", "kl", "clip_fraction", "ratio", "behaviour_weight"), (sums / total).tolist())
+            )
         if s.kl_target:
             stats["beta"] = self.beta
             self.beta = adapt_beta(self.beta, self._over_ranks(stats["kl"]) / self.ranks, s.kl_target)
@@ -224,13 +247,18 @@ class Learner:
         return stats if self.reference else stats | {"kl": math.nan}
 
     @torch.no_grad()
-    def _reference_velocity(self, batch: ReplayBatch) -> Tensor | None:
-        return batch.velocity(self.policy, self.reference) if self.reference else None
+    def _evaluation(self, batch: ReplayBatch, v: Tensor, logp: Tensor) -> Evaluation:
+        fresh = torch.tensor([[r.version == self.version] for r in batch.replays for _ in r.actions])
+        behaviour = batch.rollout_log_probs()
+        weight = torch.where(fresh, 1.0, behaviour_weight(logp, behaviour, self.settings.weight_cap))
+        reference = batch.velocity(self.policy, self.reference) if self.reference else None
+        return Evaluation(v, logp, fresh, weight, ((logp - behaviour).exp() - 1).abs(), reference)
 
     def _loss(
         self, batch: ReplayBatch, v: Tensor, logp: Tensor, before: Evaluation, advantages: Advantages
     ) -> tuple[Tensor, Tensor]:
-        """Sum of the loss over the batch's actions, and the sums of (policy loss, divergence, clip fraction, ratio)."""
+        """Sum of the loss over the batch's actions, and the sums of (policy loss, divergence, clip fraction, ratio,
+        behaviour weight)."""
         s, steps = self.settings, [(a.s, a.s2) for a in batch.actions]
         scales = [gradient_scale(self.kernel, *step, s.ratio_norm) if s.equalise_steps else 1.0 for step in steps]
         new, old = logp, before.logp
@@ -238,19 +266,23 @@ class Learner:
             std = torch.tensor([[spread(self.kernel, *step)] for step in steps])
             new, old = ratio_norm(new - old, batch.drift(self.kernel, v, before.v), std), torch.zeros_like(old)
         own, ratio = clipped_ratio_loss(new, old, credit_of(batch, advantages), s.clip)
+        own = before.weight * own
         divergence = torch.zeros(len(v)) if before.reference is None else velocity_divergence(v, before.reference)
         clipped = ((ratio - 1).abs() > s.clip).float()
-        parts = torch.stack([part.reshape(len(v), -1).mean(1).sum() for part in (own, divergence, clipped, ratio)])
+        each = (own, divergence, clipped, ratio, before.weight)
+        parts = torch.stack([part.reshape(len(v), -1).mean(1).sum() for part in each])
         return (torch.tensor(scales) * own.mean(1) + self.beta * divergence).sum(), parts.detach()
 
-    def _check(self, deviations: Sequence[Tensor]) -> float:
-        deviation = torch.stack(list(deviations)).max().item()  # torch's max, because Python's would hide a NaN
-        if not deviation <= self.settings.ratio_tolerance:
+    def _check(self, before: Sequence[Evaluation]) -> float:
+        """The largest deviation. That of a stale group says how far the policy has moved on since."""
+        # torch's max, because Python's would hide a NaN, and so would a plain 0
+        own = torch.stack([torch.where(e.fresh, e.deviation, 0 * e.deviation).max() for e in before]).max().item()
+        if not own <= self.settings.ratio_tolerance:
             raise ValueError(
-                f"replay and rollout disagree: |ratio - 1| = {deviation:.2e} before the first update, above "
+                f"replay and rollout disagree: |ratio - 1| = {own:.2e} before the first update, above "
                 f"learner.ratio_tolerance={self.settings.ratio_tolerance:.0e}"
             )
-        return deviation
+        return max(e.deviation.max().item() for e in before)
 
     def _set_lr(self) -> float:
         s = self.settings
@@ -289,15 +321,21 @@ class Learner:
         """In the types of the policy that rolls out."""
         return {name: tensor.to(self.types[name]) for name, tensor in state.items()}
 
-    def weights(self, averaged: bool = False) -> Weights | None:
-        """Rank 0: the present (or averaged) weights, to be sent before the next update; other ranks: None. All ranks
-        must call."""
+    def weights(self, averaged: bool = False, version: int | None = None) -> Weights | None:
+        """Rank 0: the averaged weights, the present ones, or those of a `version` that is kept; other ranks: None. All
+        ranks must call."""
+        if version not in (None, self.version):
+            return self.recent.get(version)
+        if not averaged and self.version in self.recent.packed:
+            return self.recent.get(self.version)
         state = self._typed(self._state(averaged))
-        return pack(state, self.version, copy=False) if self.rank == 0 else None
+        kept = self.recent.count > 0 and not averaged  # others are sent before the next update
+        weights = pack(state, self.version, copy=kept) if self.rank == 0 else None
+        return weights if averaged else self.recent.add(self.version, weights)
 
     def save(self, path: str) -> int:
-        """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/; all ranks must call.
-        Returns the version."""
+        """Writes policy.safetensors (the averaged weights, diffusers' names) and learner/, with the weights that groups
+        under way are generated by; all ranks must call. Returns the version."""
         root = Path(path)
         client = {"version": self.version, "beta": self.beta}
         self.engine.save_checkpoint(str(root / "learner"), tag="engine", client_state=client, save_latest=False)
@@ -307,10 +345,11 @@ class Learner:
             save_file(self._typed(averaged), root / "policy.safetensors")
             if self.settings.bf16:
                 save_file(averaged, root / AVERAGED)
+            self.recent.save(root / "learner", self.version)
         return self.version
 
-    def load(self, path: str) -> int:
-        """Restores what `save` wrote; returns the version."""
+    def load(self, path: str) -> list[int]:
+        """Restores what `save` wrote; returns the versions of the weights that it has, its own last."""
         root, s = Path(path), self.settings
         _, client = self.engine.load_checkpoint(str(root / "learner"), tag="engine")
         self.version = client["version"]
@@ -320,7 +359,8 @@ class Learner:
         averaged = root / (AVERAGED if s.bf16 else "policy.safetensors")
         state = load_file(averaged)
         self.averaged = {name: part_of(p, state[name]) for name, p in self.policy.weights().items()}
-        return self.version
+        self.recent.load(root / "learner", self.rank)
+        return [*self.recent.packed, self.version]
 
     def close(self) -> None:
         if torch.distributed.is_initialized():

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from rl.advantage import Advantages, TermWeight, advantages, best_and_worst, permuted
-from rl.fleet import Fleet, FleetError, Task, as_completed, fetch
-from rl.judges import Judges
+from rl.fleet import doing, fetch
+from rl.pipeline import Fleets, Pipeline
 from rl.reward_worker import GroupScores
 from rollout.seeds import seed_of
 
@@ -24,7 +25,7 @@ class LoopSettings:
     depend on how many workers there are. reward_to_go: a block is credited with all frames from it on, not with its
     own alone. advantage_clip: of |A|. advantage_std: of `normalise`. best_and_worst: how many of each learn in a group
     (None: all members). permute: give advantages to the wrong members (the control that must not
-    improve). evaluate_every: iterations between evaluations; None: none before the end.
+    improve). evaluate_every: iterations between evaluations; None: none before the end. max_staleness: of `Pipeline`.
     """
 
     seed: int
@@ -38,75 +39,81 @@ class LoopSettings:
     evaluate_every: int | None = None
     advantage_std: str = "group"
     best_and_worst: int | None = None
-
-
-@dataclass(frozen=True)
-class Fleets:
-    rollout: Fleet
-    judges: Judges
-    learner: Fleet
+    max_staleness: int = 0
 
 
 @dataclass
 class Clock:
-    """Seconds per phase."""
+    """Seconds per phase. of: what is in its phases, for the message of a stall."""
 
+    of: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, phase: str):
         start = time.perf_counter()
         try:
-            yield
+            with doing(f"{self.of}, {phase}" if self.of else phase):
+                yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            self._add(phase, time.perf_counter() - start)
+
+    def add(self, other: Clock) -> None:
+        for phase, seconds in other.seconds.items():
+            self._add(phase, seconds)
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 def train(
     fleets: Fleets,
     terms: Mapping[str, TermWeight],
     settings: LoopSettings,
-    start: int,
+    held: Sequence[int],
     log: Callable[[int, Metrics], None],
     checkpoint: Callable[[int], None],
     evaluate: Callable[[int], bool],
 ) -> Clock:
-    """Runs iterations start..settings.iterations - 1; the rollout workers must hold the learner's weights.
+    """Runs iterations held[-1]..settings.iterations - 1.
 
-    log: called with (step, metrics) after every iteration; steps count from 1. evaluate: called with the step every
-    `evaluate_every` steps but the last; True stops the training. checkpoint: called with the step every
+    held: versions of the weights that the learner has, its own last (`Learner.load`). log: called with (step, metrics)
+    after every iteration; steps count from 1. evaluate: called with the step every `evaluate_every` steps but the last,
+    may leave any weights with the rollout workers; True stops the training. checkpoint: called with the step every
     `checkpoint_every` steps and at the end.
     """
-    total = Clock()
-    for iteration in range(start, settings.iterations):
-        clock = Clock()
+    total, iterations = Clock(), range(held[-1], settings.iterations)
+    pipeline = Pipeline(fleets, iterations, partial(chunks, settings), settings.max_staleness, held)
+    for number in iterations:
+        clock = Clock(f"iteration {number}")
+        with clock("sync"):
+            iteration = pipeline.take(number)
         with clock("rollout"):
-            scoring, replays = roll_out(fleets, settings, iteration)
+            replays = iteration.replays()
         with clock("reward"):
-            judged = fleets.judges.collect(scoring)
+            judged = iteration.scores()
+        ahead = pipeline.scored_ahead
         with clock("learn"):
-            given = credit(judged.scores, terms, settings, iteration)
+            given = credit(judged.scores, terms, settings, number)
             ranks = fleets.learner.spec.replicas
             stats = fetch(fleets.learner.scatter("update", [(replays[r::ranks], given) for r in range(ranks)]))
-        with clock("sync"):
-            synchronise(fleets)
-        step = iteration + 1
+        step = number + 1
         log(
             step,
             {
                 **summarise(judged.scores, terms),
                 **{f"train/{name}": float(np.mean([s[name] for s in stats])) for name in stats[0]},
                 **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
+                "async/staleness": float(number - iteration.version),
+                "system/scored_ahead": float(ahead),
                 "masked/chunks": float(judged.lost),
                 "system/restarts": float(sum(f.restarts for f in (fleets.rollout, fleets.judges, fleets.learner))),
                 "system/recycled": float(fleets.judges.recycled),
             },
         )
-        for phase, seconds in clock.seconds.items():
-            total.seconds[phase] = total.seconds.get(phase, 0.0) + seconds
-        last = step == settings.iterations
+        total.add(clock)
         due = settings.evaluate_every and step % settings.evaluate_every == 0
-        stop = last or (due and evaluate(step))
+        stop = step == settings.iterations or (due and evaluate(step))
         if stop or step % settings.checkpoint_every == 0:
             checkpoint(step)
         if stop:
@@ -114,23 +121,11 @@ def train(
     return total
 
 
-def roll_out(fleets: Fleets, settings: LoopSettings, iteration: int) -> tuple[list[Mapping[str, Task]], list]:
-    """Generates the iteration's groups; every chunk goes to the judges as soon as it is finished.
-
-    Returns the scoring tasks per chunk, and references to the replays in the order of the prompts. The version asked
-    for is the iteration.
-    """
+def chunks(settings: LoopSettings, iteration: int) -> list[range]:
+    """Indices of the iteration's train prompts, as the rollout calls take them."""
     first = settings.seed * 1_000_000 + iteration * settings.prompts_per_iteration
-    indices = list(range(first, first + settings.prompts_per_iteration))
-    chunks = [indices[i : i + settings.prompts_per_task] for i in range(0, len(indices), settings.prompts_per_task)]
-    rolling = {
-        fleets.rollout.submit("rollout", iteration, chunk, iteration, returns=2): i for i, chunk in enumerate(chunks)
-    }
-    scoring, replays = [], [None] * len(chunks)
-    for task in as_completed(rolling):
-        groups, replays[rolling[task]] = task.result()
-        scoring.append(fleets.judges.score(groups, iteration))
-    return scoring, replays
+    indices = range(first, first + settings.prompts_per_iteration)
+    return [indices[i : i + settings.prompts_per_task] for i in range(0, len(indices), settings.prompts_per_task)]
 
 
 def credit(
@@ -150,14 +145,6 @@ def credit(
             own = permuted(own, seed_of(settings.seed, iteration, group.group_id, block, "permute"))
         given.setdefault(group.group_id, {})[block] = own
     return given
-
-
-def synchronise(fleets: Fleets, averaged: bool = False) -> None:
-    """Brings the learner's weights to every rollout worker and checks that all then hold the same."""
-    weights = fleets.learner.broadcast("weights", averaged)[0]
-    held = fetch(fleets.rollout.broadcast("load_weights", weights, keep=True))
-    if len(set(held)) != 1:
-        raise FleetError(f"rollout workers hold different weights: {', '.join(sorted(set(held)))}")
 
 
 def summarise(scores: Sequence[GroupScores], terms: Mapping[str, TermWeight]) -> Metrics:

@@ -21,6 +21,16 @@ def clipped_ratio_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: 
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage), ratio
 
 
+def behaviour_weight(logp: Tensor, behaviour_logp: Tensor, cap: float) -> Tensor:
+    """pi_prox / pi_behav, at most cap, without gradient: what the loss of a stale group is multiplied by. All [..., G].
+
+    The decoupled objective of AReaL, arXiv 2505.24298, sec. 5.2 (after Hilton et al., arXiv 2110.00641): the ratio that
+    is clipped is that to the policy which the update begins with (logp), so that the trust region is around it and not
+    around the older policy that generated the group (behaviour_logp); this factor corrects for who generated it.
+    """
+    return (logp - behaviour_logp).exp().clamp(max=cap).detach()
+
+
 def velocity_divergence(v: Tensor, reference: Tensor) -> Tensor:
     """|v - v_ref|^2 / 2, mean over all but the first axis: the KL between unit-variance Gaussians around the
     velocities, [R].

@@ -27,7 +27,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from rl.fleet import Fault, Fleet, FleetError, FleetSpec, FleetSpecError, Task, fetch, run_call
+from rl.fleet import Fault, Fleet, FleetError, FleetSpec, FleetSpecError, Task, fetch, follow_up, run_call
 
 log = logging.getLogger(__name__)
 
@@ -184,11 +184,12 @@ class RayFleet(Fleet):
         if self.loss:
             raise FleetError(f"fleet {self.spec.name!r} has ended: {self.loss.text}")
         self._queue.append(batch)
-        _turn(0.0)
+        self.dispatch()
         return batch.task
 
     def advance(self) -> None:
         _turn(POLL_S)
+        follow_up()
 
     def close(self) -> None:
         if self not in _LIVE:

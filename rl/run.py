@@ -16,7 +16,8 @@ from rl.evaluation import compare, stack
 from rl.fleet import Fleet, as_completed, fetch
 from rl.hack_watch import HackWatch
 from rl.judges import Judges
-from rl.loop import Clock, Fleets, LoopSettings, synchronise, train
+from rl.loop import Clock, LoopSettings, train
+from rl.pipeline import Fleets, synchronise
 from rl.progress import Progress
 from rl.report import figures, filmstrip, side_by_side, write_mp4, write_report
 from rl.run_folder import RunFolder
@@ -110,15 +111,15 @@ def run(
                 watch.draw(step, measured.metrics, measured.film, tracking, output.fps)
         return measured.metrics, measured.films(), stop
 
-    start, best = 0, None
+    held, best = [0], None
     if resume is not None:
-        start = fetch(fleets.learner.broadcast("load", str(resume)))[0]
+        held = fetch(fleets.learner.broadcast("load", str(resume)))[0]
         best = checkpoint.read_manifest(resume).get("best")
         folder.restore(resume)
-        folder.truncate_after(start)
-        watch.resume(start)
+        folder.truncate_after(held[-1])
+        watch.resume(held[-1])
+    start = held[-1]
     base, base_films, _ = look(0)
-    synchronise(fleets)
 
     last, done, saved = settings.iterations, start, start
     with Progress(settings.iterations, start) as progress:
@@ -150,7 +151,6 @@ def run(
             nonlocal last, best
             synchronise(fleets, averaged=True)
             stop = look(step)[2]
-            synchronise(fleets)
             last = step if stop else last
             if (reward := watch.reward(step)) > (best["reward"] if best else -np.inf):
                 best = {"step": step, "reward": reward}
@@ -159,10 +159,10 @@ def run(
 
         due = settings.evaluate_every and start % settings.evaluate_every == 0 and 0 < start < settings.iterations
         if due and not watch.knows(start) and evaluate(start):  # what a stop came before
-            start = settings.iterations
+            held = [settings.iterations]
 
         try:
-            seconds = train(fleets, terms, settings, start, log, save, evaluate).seconds
+            seconds = train(fleets, terms, settings, held, log, save, evaluate).seconds
         except Stopped:
             save(done)
             raise

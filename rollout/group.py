@@ -100,7 +100,7 @@ class GroupSampler:
     def rollout(
         self, prompts: Sequence[DragPrompt], plans: Sequence[NoisePlan], version: int
     ) -> tuple[list[GroupRollout], list[Replay]]:
-        """Groups for the rewards and replays for the learner; version: of the weights, recorded in the groups."""
+        """Groups for the rewards and replays for the learner; version: of the weights, recorded in both."""
         begun, first = self.sampler.begin(prompts)
         lines, groups = self._start(prompts, plans, first)
         actors, stream = lines, begun
@@ -111,7 +111,7 @@ class GroupSampler:
         rows = {i: slice(i, i + 1) for i in range(len(prompts))}
         replays = [
             Replay(torch.cat(line.history, 2), begun.control[rows[line.prompt]], begun.text[rows[line.prompt]],
-                   tuple(line.actions)) for line in actors
+                   tuple(line.actions), version) for line in actors
         ]  # fmt: skip
         return [group.rollout(prompts, self.sampler, version) for group in groups], replays
 

@@ -56,13 +56,14 @@ class Replay:
     """All actions that were taken along one history, so that ONE packed pass re-evaluates them.
 
     history [1, C, K, h, w]: clean latents of the blocks before the last action; control [1, Cc, F, h, w]: of the
-    whole video; text [1, L, D]: of `DragPolicy.context`.
+    whole video; text [1, L, D]: of `DragPolicy.context`. version: of the weights that took them.
     """
 
     history: Tensor
     control: Tensor
     text: Tensor
     actions: tuple[Action, ...]
+    version: int
 
     @property
     def signature(self) -> tuple:

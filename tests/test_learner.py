@@ -37,6 +37,8 @@ DEFAULTS = LearnerSettings(
     bf16=False,
     freeze=(),
     ratio_tolerance=1e-5,
+    max_staleness=3,
+    weight_cap=5.0,
 )
 
 
@@ -150,6 +152,46 @@ def test_a_policy_that_became_nan_is_refused_too(policy_path, experience):
         learner.update(*experience)
 
 
+def test_a_group_that_is_too_old_or_of_the_future_is_refused(policy_path, experience):
+    learner = alone(policy_path, max_staleness=1)
+    learner.update(*experience)
+    learner.update(*experience)
+    with pytest.raises(ValueError, match=r"groups of 2 to 2 updates ago .* async.max_staleness=1"):
+        learner.update(*experience)
+    learner.version = -1
+    with pytest.raises(ValueError, match="groups of -1 to -1 updates ago"):
+        learner.update(*experience)
+
+
+def test_a_stale_group_is_weighed_and_its_deviation_told(policy_path, experience):
+    fresh, capped = alone(policy_path), alone(policy_path, weight_cap=1.0)
+    assert fresh.update(*experience)["behaviour_weight"] == 1
+    stats = fresh.update(*experience)
+    assert stats["ratio_deviation"] > 1e-5 and stats["ratio"] == pytest.approx(1, abs=1e-5)
+    assert abs(stats["behaviour_weight"] - 1) > 1e-6
+    capped.update(*experience)
+    assert capped.update(*experience)["behaviour_weight"] < min(1, stats["behaviour_weight"])
+    assert distance(state(fresh), state(capped)) > 0
+
+
+def test_the_learner_keeps_the_weights_that_groups_under_way_come_from(policy_path, experience, tmp_path):
+    learner = alone(policy_path)
+    digests = [learner.weights().digest]
+    for _ in range(2):
+        learner.update(*experience)
+        digests.append(learner.weights().digest)
+    learner.save(str(tmp_path))
+    assert alone(policy_path, max_staleness=0).load(str(tmp_path)) == [0, 1, 2]
+    resumed = alone(policy_path)
+    assert resumed.load(str(tmp_path)) == [0, 1, 2]
+    assert [resumed.weights(version=v).digest for v in range(3)] == digests and len({*digests}) == 3
+    for _ in range(2):
+        resumed.update(*experience)
+    resumed.weights()
+    with pytest.raises(ValueError, match=r"has the weights of versions \[1, 2, 3, 4\], not those of 0"):
+        resumed.weights(version=0)
+
+
 def test_several_updates_on_one_rollout_move_the_ratio(policy_path, experience):
     learner = alone(policy_path, updates_per_rollout=3, clip=1e-4)
     stats = learner.update(*experience)
@@ -164,7 +206,7 @@ def test_a_resumed_learner_goes_on_bit_for_bit(policy_path, experience, tmp_path
     straight.save(str(tmp_path))
     straight.settings = settings(ratio_tolerance=10.0)
     resumed = alone(policy_path, ratio_tolerance=10.0)
-    assert resumed.load(str(tmp_path)) == 1
+    assert resumed.load(str(tmp_path)) == [0, 1]
     straight.update(*experience)
     resumed.update(*experience)
     assert distance(state(straight), state(resumed)) == 0

@@ -44,7 +44,7 @@ class Seat:
                 learner.save(folder)
         found["averaged"] = learner.weights(averaged=True)
         resumed.join(rank, address)
-        assert resumed.load(folder) == 1
+        assert resumed.load(folder) == [0, 1]
         fresh.join(rank, address)
         for name, other in (("resumed", resumed), ("fresh", fresh)):
             other.update(*experience)

@@ -8,7 +8,15 @@ from torch.distributions import Normal, kl_divergence
 
 from policy.explore import tangent_basis
 from policy.transition import KERNELS, Kernel, shifted_schedule, transition
-from rl.objective import adapt_beta, clipped_ratio_loss, gradient_scale, ratio_norm, spread, velocity_divergence
+from rl.objective import (
+    adapt_beta,
+    behaviour_weight,
+    clipped_ratio_loss,
+    gradient_scale,
+    ratio_norm,
+    spread,
+    velocity_divergence,
+)
 
 STEPS = list(pairwise(shifted_schedule(4, 3.0)))[:-1]
 
@@ -19,6 +27,22 @@ def test_before_an_update_the_gradient_is_minus_the_advantage():
     loss, ratio = clipped_ratio_loss(logp, old, advantage, clip=0.1)
     assert torch.equal(ratio, torch.ones(2, 5)) and difference(loss, -advantage) < 1e-6
     assert difference(torch.autograd.grad(loss.sum(), logp)[0], -advantage) < 1e-6
+
+
+def test_a_stale_group_weighs_by_how_much_likelier_it_has_become_up_to_the_cap():
+    behaviour = torch.tensor([0.0, 0.0, 0.0])
+    now = torch.log(torch.tensor([1.0, 0.5, 9.0])).requires_grad_()
+    weight = behaviour_weight(now, behaviour, cap=2.0)
+    assert weight.tolist() == pytest.approx([1.0, 0.5, 2.0]) and not weight.requires_grad
+    # Without a cap and before the update, its gradient is that of the plain importance-sampled objective.
+    advantage = noise(3)
+    loss = behaviour_weight(now, behaviour, cap=99.0) * clipped_ratio_loss(now, now.detach(), advantage, clip=0.1)[0]
+    plain = -(now - behaviour).exp() * advantage
+    decoupled, expected = (torch.autograd.grad(one.sum(), now)[0] for one in (loss, plain))
+    assert difference(decoupled, expected) < 1e-6
+    # The coupled ratio would learn nothing from a good action that is likelier by more than the clip already.
+    coupled = clipped_ratio_loss(now, behaviour, advantage.abs(), clip=0.1)[0]
+    assert torch.autograd.grad(coupled.sum(), now)[0].tolist()[2] == 0 != decoupled.tolist()[2]
 
 
 @pytest.mark.parametrize(

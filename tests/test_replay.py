@@ -50,7 +50,7 @@ def test_replay_equals_rollout_in_any_batch_shape(window, select, explore):
 def shift(replay, control=0, step=0.0, history=1.0):
     """The replay with its control rolled in time, its noise level raised, its history scaled."""
     actions = tuple(replace(a, s=a.s + step) for a in replay.actions)
-    return Replay(replay.history * history, replay.control.roll(control, 2), replay.text, actions)
+    return Replay(replay.history * history, replay.control.roll(control, 2), replay.text, actions, replay.version)
 
 
 @pytest.mark.parametrize("wrong", [{"control": 1}, {"step": 0.05}, {"history": 0.0}], ids=str)
@@ -139,7 +139,7 @@ def one_by_one(replay):
     for a in replay.actions:
         for i, member in enumerate(a.members):
             own = replace(a, members=(member,), coordinates=a.coordinates[:, i : i + 1], logp=a.logp[:, i : i + 1])
-            yield Replay(replay.history, replay.control, replay.text, (own,))
+            yield Replay(replay.history, replay.control, replay.text, (own,), replay.version)
 
 
 @pytest.mark.parametrize("explore", EXPLORES)
@@ -180,7 +180,7 @@ def test_replays_of_different_layouts_are_not_batched():
 @budget(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 5))
 def test_batches_hold_every_replay_once_with_its_like_and_in_order(lengths, size):
-    replays = [Replay(torch.zeros(1, 1, n, 1, 1), torch.zeros(1), torch.zeros(1), ()) for n in lengths]
+    replays = [Replay(torch.zeros(1, 1, n, 1, 1), torch.zeros(1), torch.zeros(1), (), 0) for n in lengths]
     made = batches(replays, size)
     assert sorted(i for batch in made for i in batch) == list(range(len(lengths)))
     for batch in made:

@@ -23,9 +23,10 @@ DEV_SEED, HELDOUT_SEED = 7_000, 8_000  # of prompts and noise that no other meas
 
 @dataclass(frozen=True)
 class Trial:
-    """stiffness: weight of the divergence from the reference, relative to the length that the log-prob's gradient has
-    in a subspace of this many dimensions. points: the CPU-seconds of training after which it is measured, the last
-    ones being the end. split: "dev" prompts, which tuning sees, or "heldout" ones, the seed's own.
+    """lr: at the beginning; it falls to 0 at the last point. stiffness: weight of the divergence from the reference,
+    relative to the length that the log-prob's gradient has in a subspace of this many dimensions. points: CPU-seconds
+    of training after which it is measured, the last one being the end. split: "dev" prompts, which the search sees, or
+    "heldout" ones, the seed's own.
     """
 
     select: str
@@ -80,6 +81,8 @@ class Training:
     def train(self, until: float) -> None:
         """Iterations until this many CPU-seconds of training are used."""
         while self.cpu_s < until:
+            lr = self.trial.lr * (1 - self.cpu_s / self.trial.points[-1])
+            self.bare.learner.settings = replace(self.bare.learner.settings, lr=lr)
             started = time.process_time()
             self.stats = self.bare.iteration(self.done)
             self.cpu_s += time.process_time() - started
