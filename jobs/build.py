@@ -76,6 +76,10 @@ def validate(c: TrainConfig) -> Settings:
             c.train.keep_checkpoints >= 1 and (c.train.keep_every is None or c.train.keep_every >= 1),
             "train.keep_checkpoints and train.keep_every (null: none) must be at least 1",
         ),
+        (
+            c.tracking.register is None or (c.tracking.uri and not {*"/:%"} & {*c.tracking.register}),
+            f"tracking.register={c.tracking.register} (null: no) must have none of / : %, and needs tracking.uri",
+        ),
         (c.train.grace_s > 0, f"train.grace_s={c.train.grace_s} must be above 0"),
         (0 <= c.cluster.fault_share < 1, f"cluster.fault_share={c.cluster.fault_share} must lie in [0, 1)"),
         (c.evaluate.prompts >= 1 and c.evaluate.batch >= 1, "evaluate.prompts and evaluate.batch must be at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,14 @@ def measure(rollout: Fleet, judges: Judges, heldout: HeldOut) -> Measured:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run writes. fps: of its videos. config: goes into every checkpoint, for a resume to compare with."""
+    """Where a run writes. system: samples the machines. fps: of its videos. config: goes into every checkpoint, for a
+    resume to compare with.
+    """
 
     folder: RunFolder
     tracking: Tracking
     store: CheckpointStore
+    system: Callable[[], dict[str, float]]
     fps: float
     config: dict[str, Any]
 
@@ -127,7 +131,7 @@ def run(
         def log(step: int, metrics: dict[str, float]) -> None:
             nonlocal done
             folder.append(step, metrics)
-            tracking.log(metrics, step)
+            tracking.log({**metrics, **output.system()}, step)
             progress.update(metrics)
             done = step
 
