@@ -63,7 +63,7 @@ class Life:
         return [int(number) for number in re.findall(r"^(\d+)/\d+ ", self.log.read_text(), re.M)]
 
     def until(self, condition: Callable[[], bool], timeout_s: float = 900) -> float:
-        """Waits for it; the time. Raises RuntimeError with the log where the process ends before, or hangs and is killed."""
+        """Waits for it; the time. RuntimeError with the log where the process ends before, or hangs and is killed."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
