@@ -10,26 +10,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS, figure, write
-from benchmarks.sleepers import Roles, sleepers
+from benchmarks.sleepers import sleepers
 from rl.loop import LoopSettings
 from rl.ray_fleet import ray_session
 
 WORKERS, JUDGES = 16, 4
 CHUNKS = 32
-CASES = {"learn is short": 0.4, "both alike": 1.2, "learn is long": 2.4}
-"""Seconds of an update, beside two rounds of rollouts of 0.5 s and eight of rewards of 0.05 s."""
+CASES = {"learn is short": 1.0, "both alike": 2.4, "learn is long": 4.0}
+"""Seconds of an update, beside two rounds of rollouts of 1 s and eight of rewards of 0.1 s."""
 
 
-def measure(case: str, roles: Roles, chunks: int, iterations: int) -> tuple[list[dict[str, Any]], list[list[tuple]]]:
-    """A row for max_staleness 0 and 1, and what happened when. The first iteration, in which nothing can overlap yet,
-    and the last, beside which nothing is left to generate, do not count."""
+def measure(
+    run: Callable, case: str, learn_s: float, chunks: int, iterations: int
+) -> tuple[list[dict[str, Any]], list[list[tuple]]]:
+    """run: of `sleepers`. A row for max_staleness 0 and 1, and what happened when. The first iteration, in which
+    nothing can overlap yet, and the last, beside which nothing is left to generate, do not count."""
     rows, courses = [], []
     for staleness in (0, 1):
         settings = LoopSettings(0, iterations, chunks, 1, True, 5.0, False, iterations, max_staleness=staleness)
@@ -39,8 +41,7 @@ def measure(case: str, roles: Roles, chunks: int, iterations: int) -> tuple[list
             ends.append(time.perf_counter())  # noqa: B023
             phases.append({name: metrics[f"time/{name}"] for name in ("sync", "rollout", "reward", "learn")})  # noqa: B023
 
-        with sleepers("ray", roles) as run:
-            courses.append(run(settings, log=log))
+        courses.append(run(settings, log=log, learner=learn_s))
         rows.append({
             "case": case,
             "max_staleness": staleness,
@@ -73,16 +74,17 @@ def draw(courses: Sequence[Sequence[tuple]], iterations: Sequence[int]) -> Figur
 
 def main() -> None:
     rows, courses = [], {}
-    with ray_session("local", num_cpus=2, object_store_gb=0.3):
+    roles = {"rollout": (1.0, WORKERS), "reward": (0.1, JUDGES), "learner": (0.0, 1)}
+    with ray_session("local", num_cpus=2, object_store_gb=0.3), sleepers("ray", roles) as run:
         for case, learn_s in CASES.items():
-            roles = {"rollout": (0.5, WORKERS), "reward": (0.05, JUDGES), "learner": (learn_s, 1)}
-            found, courses[case] = measure(case, roles, CHUNKS, 9)
+            found, courses[case] = measure(run, case, learn_s, CHUNKS, 8)
             rows += found
     draw(courses["both alike"], range(2, 6)).savefig(RESULTS / "overlap.png", dpi=120)
     about = (
         f"The training loop on {WORKERS} rollout workers, {JUDGES} judges and a learner that only sleep: {CHUNKS} "
-        "rollout calls of 0.5 s, as many rewards of 0.05 s, one update of 0.4, 1.2 or 2.4 s. Medians of the "
-        "iterations but the first and the last. Hidden: of the shorter of (sync + rollout + reward) and learn. Picture: overlap.png."
+        "rollout calls of 1 s, as many rewards of 0.1 s, one update of 1, 2.4 or 4 s. Medians of the "
+        "iterations but the first and the last. Hidden: of the shorter of (sync + rollout + reward) and learn. "
+        "Picture: overlap.png."
     )
     write("overlap", about, rows, [figure(f"hidden, {row['case']}", row["hidden"], ">= 0.8") for row in rows[1::2]])
 

@@ -31,6 +31,10 @@ class Sleeper:
         time.sleep(self.seconds)
         self.seen.append((*what, begin, time.monotonic()))
 
+    def begin(self, seconds: float) -> None:
+        """As a new one."""
+        self.__init__(seconds)
+
     def notes(self) -> list[tuple]:
         return self.seen
 
@@ -68,8 +72,8 @@ class SleepingLearner(Sleeper):
 
 @contextmanager
 def sleepers(backend: str, roles: Roles, rollout_cpus: float = 0.0) -> Iterator[Callable[..., list[tuple]]]:
-    """run(settings, held, log): the training loop on them (see `train`); returns all notes until then in the order of
-    beginning."""
+    """run(settings, held, log, **seconds): the training loop on them (see `train`), with other seconds than in roles
+    for the roles that are named; returns the notes in the order of beginning."""
     from rl.advantage import TermWeight
     from rl.judges import Judges
     from rl.loop import train
@@ -84,7 +88,9 @@ def sleepers(backend: str, roles: Roles, rollout_cpus: float = 0.0) -> Iterator[
         for fleet in made:
             fleet.broadcast("notes")  # until all are there
 
-        def run(settings, held=(0,), log=lambda *_: None) -> list[tuple]:
+        def run(settings, held=(0,), log=lambda *_: None, **other: float) -> list[tuple]:
+            for fleet, (name, (seconds, _)) in zip(made, roles.items()):
+                fleet.broadcast("begin", other.get(name, seconds))
             train(fleets, {TERM: TermWeight(1.0, 0.01)}, settings, held, log, lambda _: None, lambda _: False)
             notes = [note for fleet in made for part in fetch(fleet.broadcast("notes")) for note in part]
             return sorted(notes, key=lambda note: note[-2])
