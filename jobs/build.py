@@ -78,6 +78,10 @@ def validate(c: TrainConfig) -> Settings:
             "train.keep_checkpoints and train.keep_every (null: none) must be at least 1",
         ),
         (c.train.max_recoveries >= 0, f"train.max_recoveries={c.train.max_recoveries} must be at least 0"),
+        (
+            c.tracking.register is None or (c.tracking.uri and not {*"/:%"} & {*c.tracking.register}),
+            f"tracking.register={c.tracking.register} (null: no) must have none of / : %, and needs tracking.uri",
+        ),
         (c.train.grace_s > 0, f"train.grace_s={c.train.grace_s} must be above 0"),
         (c.cluster.stall_s > 0, f"cluster.stall_s={c.cluster.stall_s} must be above 0"),
         (0 <= c.cluster.fault_share < 1, f"cluster.fault_share={c.cluster.fault_share} must lie in [0, 1)"),

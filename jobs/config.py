@@ -166,11 +166,15 @@ class ClusterConfig:
 
 @dataclass
 class TrackingConfig:
-    """parent: id of the MLflow run that this one is shown under, as those of a sweep are; null = none."""
+    """system_metrics: log what every node is busy with. register: the name in MLflow's model registry under which the
+    tuned policy is exported with its report; null = it is not. parent: id of the MLflow run that this one is shown
+    under, as those of a sweep are; null = none."""
 
     uri: str | None
     experiment: str
     required: bool
+    system_metrics: bool
+    register: str | None
     parent: str | None
 
 

@@ -23,6 +23,7 @@ from ray.util.state import list_nodes
 from rich.console import Console
 from rich.table import Table
 
+from jobs import manifest
 from jobs.cli import ConfigError
 from jobs.ray_job import RayJob, expand, make_job, shortage
 from rl.tracking import Tracking
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sweep", action="store_true", help="one job for each combination of values like seed=0,1,2")
     add("--dry-run", action="store_true", help="check, print what would be submitted, and stop")
     add("--no-wait", action="store_true", help="do not follow the job to its end")
+    add("--manifest", type=Path, metavar="FILE", help="write KubeRay's RayJob for `kubectl apply -f FILE`, and stop")
     add("--anyway", action="store_true", help="also where the cluster is too small now, because it grows")
     add("overrides", nargs="*", help="of jobs.train, after --")
     return make
@@ -65,6 +67,10 @@ def submit(args: argparse.Namespace) -> int:
     ]
     if args.sweep:
         jobs = [replace(job, name=f"{jobs[0].name}-{i}") for i, job in enumerate(jobs)]
+    if args.manifest:
+        manifest.write(args.manifest, jobs)
+        print(f"kubectl apply -f {args.manifest}")
+        return 0
     client = connect(args.address, needed=not args.dry_run)
     nodes = alive(args.address) if client else []
     Console(width=max(100, Console().width)).print(table(jobs[0], nodes, len(jobs)))

@@ -5,7 +5,7 @@ python -m jobs.train train.iterations=60 seed=1
 
 from __future__ import annotations
 
-from pathlib import Path
+import shutil
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -16,6 +16,7 @@ from jobs.build import (
     make_judges,
     make_learner,
     make_rollout_fleet,
+    policy_source,
     session,
     term_weights,
     validate,
@@ -23,10 +24,14 @@ from jobs.build import (
 from jobs.cli import ConfigError, job
 from jobs.config import TrainConfig
 from jobs.resume import changes
+from policy.lora import merge_own_lora
+from policy.policy import load_policy
+from policy.wan_formats import write_wan
 from rl import checkpoint
 from rl.checkpoint_store import CheckpointStore
 from rl.fleet import closing
 from rl.hack_watch import HackWatch
+from rl.monitor import monitoring
 from rl.pipeline import Fleets
 from rl.run import HeldOut, Output, run
 from rl.run_folder import RunFolder
@@ -60,18 +65,35 @@ def main(config: TrainConfig) -> None:
         Tracking.open(t.uri, t.experiment, manifest.get("mlflow_run_id"), params=values, tags=tags, required=t.required,
                       spool=folder.path / "tracking") as tracking,
         session(config),
+        monitoring(config.cluster.backend if t.uri and t.system_metrics else None) as system,
         closing(make_rollout_fleet(config, settings), make_judges(config), make_learner(config)) as parts,
     ):  # fmt: skip
         parts[1].dry_run(first_prompt(config, settings))
-        output = Output(folder, tracking, store, config.fps, values)
+        output = Output(folder, tracking, store, system, config.fps, values)
         heldout = HeldOut(e.prompts, e.seed, e.batch, e.strips)
         watch = HackWatch(folder.path / "watch", term_weights(config), e.patience, e.stop)
         summary = run(Fleets(*parts), term_weights(config), loop_settings(config), heldout, watch, output, resume)
-    print_result(folder.path, summary)
+        if t.register:
+            register(config, folder, summary, tracking)
+    print("\n".join([*heldout_lines(summary), f"report: {folder.report}"]))
 
 
-def print_result(path: Path, summary: dict[str, Any]) -> None:
-    held = summary["heldout"]
+def register(config: TrainConfig, folder: RunFolder, summary: dict[str, Any], tracking: Tracking) -> None:
+    """The tuned policy as a folder that stock diffusers loads, with its report, as a version in MLflow's registry."""
+    out = folder.path / "policy"
+    shutil.rmtree(out, ignore_errors=True)  # of a run that has ended before
+    weights = folder.checkpoints / f"step_{summary['iterations']:06d}/policy.safetensors"
+    model = load_policy(policy_source(config.policy), str(weights)).net.model
+    if config.policy.lora.rank:
+        merge_own_lora(model)
+    write_wan(model, out)
+    for page in (folder.report, folder.summary):
+        shutil.copy(page, out)
+    tracking.register(config.tracking.register, out, "\n".join(heldout_lines(summary)))
+
+
+def heldout_lines(summary: dict[str, Any]) -> list[str]:
+    held, lines = summary["heldout"], []
     for label, row, unit in (
         ("track error", held["track_error_px"], "px"),
         ("canary track error", held["canary"]["track_error_px"], "px"),
@@ -79,8 +101,8 @@ def print_result(path: Path, summary: dict[str, Any]) -> None:
         ("sharpness", held["sharpness"], ""),
     ):
         change = 100 * (row["tuned"] / row["base"] - 1)
-        print(f"held-out {label:20s} {row['base']:7.3f} -> {row['tuned']:7.3f} {unit:2s} ({change:+.0f} %)")
-    print(f"report: {path / 'report.html'}")
+        lines.append(f"held-out {label:20s} {row['base']:7.3f} -> {row['tuned']:7.3f} {unit:2s} ({change:+.0f} %)")
+    return lines
 
 
 if __name__ == "__main__":

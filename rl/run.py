@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,14 @@ def measure(rollout: Fleet, judges: Judges, heldout: HeldOut) -> Measured:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a run writes. fps: of its videos. config: goes into every checkpoint, for a resume to compare with."""
+    """Where a run writes. system: samples the machines. fps: of its videos. config: goes into every checkpoint, for a
+    resume to compare with.
+    """
 
     folder: RunFolder
     tracking: Tracking
     store: CheckpointStore
+    system: Callable[[], dict[str, float]]
     fps: float
     config: dict[str, Any]
 
@@ -139,7 +143,7 @@ def run(
             nonlocal done
             metrics = metrics | {"system/recoveries": float(recoveries)}
             folder.append(step, metrics)
-            tracking.log(metrics, step)
+            tracking.log({**metrics, **output.system()}, step)
             progress.update(metrics)
             done = step
 

@@ -124,6 +124,11 @@ class Tracking:
         path = Path(path).resolve()
         self._put("file", 0, path=str(path), target=posixpath.join(folder, path.name))
 
+    def register(self, name: str, folder: Path, about: str) -> None:
+        """Stores a folder as an artifact and enters it into the model registry, as the next version of `name`."""
+        self.artifact(folder)
+        self._put("version", 0, name=name, target=Path(folder).name, about=about)
+
     def tag(self, name: str, value: str) -> None:
         """Sets a tag of the run; a later value replaces an earlier one."""
         _check_name(name)
@@ -299,12 +304,27 @@ class Tracking:
             os.unlink(record["path"])
         elif record["kind"] == "tag":
             self._client.set_tag(self.run_id, record["name"], record["value"])
+        elif record["kind"] == "version":
+            self._register(record)
         else:
             target = PurePosixPath(record["target"])
             with tempfile.TemporaryDirectory() as scratch:  # MLflow names an artifact after its file
                 link = Path(scratch, target.name)
                 link.symlink_to(Path(record["path"]).resolve(strict=True))
                 self._client.log_artifact(self.run_id, str(link), str(target.parent).removeprefix(".") or None)
+
+    def _register(self, record: dict[str, Any]) -> None:
+        """Once per run and folder, however often it is delivered."""
+        from mlflow.exceptions import MlflowException
+
+        name, source = record["name"], f"{self._client.get_run(self.run_id).info.artifact_uri}/{record['target']}"
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        if not [v for v in self._client.search_model_versions(f"name = '{name}'") if v.source == source]:
+            self._client.create_model_version(name, source, self.run_id, description=record["about"])
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

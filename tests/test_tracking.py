@@ -264,3 +264,64 @@ def test_a_full_spool_costs_records_and_not_the_training(start, nobody, monkeypa
 def test_params_are_flat_and_fit():
     flat = flatten({"a": {"b": {"c": 1}, "d": {}}, "list": [1, 2], "odd@key": None})
     assert flat == {"a.b.c": "1", "a.d": "{}", "list": "[1, 2]", "odd_key": "None"}
+
+
+def test_a_policy_is_registered_once_however_often_it_is_delivered(store, start, nobody, tmp_path):
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    away = start(nobody, required=False)
+    away.register("drag", folder, "track error 3 -> 2")
+    away.close()
+    spool = tmp_path / "spool" / "records.jsonl"
+    undelivered = spool.read_bytes()
+    with start() as first:
+        pass
+    spool.write_bytes(undelivered)  # as if it had died between delivering and emptying the file
+    with start(run_id=first.run_id) as second:
+        assert second.flush(timeout=20)
+    (version,) = client(store).search_model_versions("name = 'drag'")
+    assert (version.run_id, version.description) == (first.run_id, "track error 3 -> 2") and second.failures == 0
+    assert version.source.endswith("/artifacts/policy") and artifacts(store, first.run_id, "policy")
+    other = start()
+    other.register("drag", folder, "")
+    other.close()
+    assert len(client(store).search_model_versions("name = 'drag'")) == 1  # the same run, the same folder
+
+
+@pytest.mark.slow
+def test_a_server_process_that_is_killed_and_comes_back_has_every_step_once(store, start, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--artifacts-destination",
+               str(tmp_path / "served"), "--host", "127.0.0.1", "--port", port, "--workers", "1"]  # fmt: skip
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    log = (tmp_path / "server.log").open("w")
+
+    def serve():
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, process_group=0)
+
+    process = serve()
+    try:
+        with start(f"http://127.0.0.1:{port}", timeout=150, retry_s=2) as tracking:
+            for step in range(30):
+                if step == 10:
+                    assert tracking.flush(timeout=60)
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                if step == 20:
+                    assert not tracking.flush(timeout=60)
+                    process = serve()
+                tracking.log({"a": step}, step)
+            deadline = time.monotonic() + 150
+            while not tracking.flush(timeout=10):
+                assert time.monotonic() < deadline
+                time.sleep(1)
+        run = client(store).get_run(tracking.run_id)
+        assert run.info.status == "FINISHED" and tracking.failures >= 1
+        assert history(store, tracking.run_id, "a") == [(step, step) for step in range(30)]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()

@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import mlflow
 import pytest
 from jobs_cases import run_job, small_run  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
+
+from policy.wan_formats import WanTransformer3DModel
 
 
 def weights(run, step: int) -> dict:
@@ -74,6 +77,23 @@ def test_a_run_that_is_continued_equals_one_that_was_never_interrupted(three_ite
     other = tmp_path / "other"
     assert run_job("train", *small_run, f"run_dir={other}", "tracking.uri=null", "train.iterations=3", "seed=1") == 0
     assert not equal(weights(other, 3), weights(three_iterations, 3))
+
+
+def test_a_tuned_policy_is_registered_as_a_folder_that_diffusers_loads(small_run, tmp_path):  # noqa: F811
+    run, store = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    more = (f"run_dir={run}", f"tracking.uri={store}", "tracking.register=drag", "train.iterations=1")
+    assert run_job("train", *small_run, *more) == 0
+    client = mlflow.MlflowClient(store)
+    (version,) = client.search_model_versions("name = 'drag'")
+    assert "held-out track error" in version.description
+    folder = Path(mlflow.artifacts.download_artifacts(version.source, tracking_uri=store))
+    assert {"config.json", "report.html", "summary.json"} < {path.name for path in folder.iterdir()}
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pkl", ".pth")]
+    loaded, tuned = WanTransformer3DModel.from_pretrained(folder).state_dict(), weights(run, 1)
+    assert tuned.keys() == loaded.keys() and equal(tuned, loaded)
+    nodes = {name for name in client.get_run(version.run_id).data.metrics if name.endswith("/cpu_percent")}
+    assert len(nodes) == 1
+    assert run_job("train", *small_run, *more[:-2], "tracking.register=a/b") == 1
 
 
 def test_advantages_of_the_wrong_members_teach_something_else(three_iterations, small_run, tmp_path):  # noqa: F811
