@@ -17,13 +17,9 @@ def test_a_stall_names_the_phase_the_fleet_and_the_groups_that_are_under_way(ray
     with sleepers("ray", roles) as run, caplog.at_level(logging.WARNING, "rl.stall"):
         monkeypatch.setattr(WATCHDOG, "after_s", 0.7)
         run(settings)
-    # A machine that is slow may stall elsewhere too; here it must.
-    told = [
-        text for text in caplog.messages if text.startswith("iteration 1, rollout: nothing has come to an end for ")
-    ]
-    assert told, caplog.messages
-    assert any("rollout[0].rollout(1, [6, 7, 8], 0) for " in text for text in told)
-    assert any(text.endswith("queued: 1 for rollout") for text in caplog.messages)
+    told = caplog.messages[0]
+    assert told.startswith("iteration 0, rollout: nothing has come to an end for 1 s; under way: ")
+    assert "rollout[0].rollout(0, [0, 1, 2], 0) for 1 of 600 s" in told and told.endswith("queued: 3 for rollout")
 
 
 def test_a_run_that_moves_on_tells_nothing(ray_local, monkeypatch, caplog):
