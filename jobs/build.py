@@ -179,14 +179,20 @@ def make_judges(c: TrainConfig) -> Judges:
 
 
 def make_learner(c: TrainConfig) -> Fleet:
-    """The learner's ranks, joined. ConfigError where weights of bfloat16 would be all that is kept of an update."""
+    args = (policy_source(c.policy), c.policy.weights, make_kernel(c), learner_settings(c), c.learner.ranks)
+    return join_learner(c, Learner, args)
+
+
+def join_learner(c: Any, kind: type[Learner], args: tuple) -> Fleet:
+    """The ranks of a learner, joined. c: a configuration with policy, learner and cluster. ConfigError where weights of
+    bfloat16 would be all that is kept of an update.
+    """
     if c.policy.wan and c.policy.wan.dtype == "bfloat16" and not (c.learner.bf16 or c.policy.lora.rank):
         raise ConfigError(
             "learner.bf16=false would train policy.wan.dtype=bfloat16 without float32 copies; give learner.bf16=true, "
             "or train adapters with policy.lora.rank"
         )
-    args = (policy_source(c.policy), c.policy.weights, make_kernel(c), learner_settings(c), c.learner.ranks)
-    fleet = make_fleet(c.cluster.backend, Learner, fleet_specs(c)["learner"], args)
+    fleet = make_fleet(c.cluster.backend, kind, learner_spec(c), args)
     join(fleet)
     return fleet
 
@@ -198,12 +204,13 @@ def fleet_specs(c: TrainConfig) -> dict[str, FleetSpec]:
         name: _spec(name, role, retry_timeouts=False, memory_gb=role.memory_gb, runtime_env=role.runtime_env)
         for name, (_, role) in read_fleets(read_terms(c.rewards), c.cluster.reward).items()
     }
+    return {"rollout": _spec("rollout", c.cluster.rollout), **reward, "learner": learner_spec(c)}
+
+
+def learner_spec(c: Any) -> FleetSpec:
+    """c: as `join_learner` takes it."""
     ranks = replace(c.cluster.learner, replicas=c.learner.ranks, retries=0)
-    return {
-        "rollout": _spec("rollout", c.cluster.rollout),
-        **reward,
-        "learner": _spec("learner", ranks, replace=False),
-    }
+    return _spec("learner", ranks, replace=False)
 
 
 def _spec(name: str, role: RoleConfig, **more: Any) -> FleetSpec:

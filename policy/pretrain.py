@@ -1,4 +1,4 @@
-"""Supervised training of the tiny policy's parts: the codec, then the policy by packed flow matching.
+"""Supervised training: of the tiny policy's codec, and of a policy by packed flow matching.
 
 Pure functions over iterators of batches; where the videos come from is the caller's business.
 """
@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,52 @@ class FlowMatching:
     freeze: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Example:
+    """latents [B, C, F, h, w] of true videos; control [B, Cc, F, h, w]; history like latents, what the network is shown
+    of the frames before a block; text [B, L, text_dim].
+    """
+
+    latents: Tensor
+    control: Tensor
+    history: Tensor
+    text: Tensor
+
+
+class Levels(Protocol):
+    """As `FlowMatching` says them."""
+
+    on_schedule: float
+    context_noise: float
+
+
+def flow_loss(
+    forward: Callable[..., Tensor], policy: DragPolicy, example: Example, how: Levels, generator: torch.Generator
+) -> Tensor:
+    """Mean square error of the velocity, every block at a level of its own, in one packed pass.
+
+    forward: `CausalWan.packed`, or something that wraps it. generator: on the CPU, so that the noise is the same
+    wherever the network is.
+    """
+    latents, device, blocks = example.latents, example.latents.device, range(1, len(policy.sizes))
+    batch, levels = len(latents), torch.tensor(policy.sigmas[:-1])
+    u = torch.rand(batch, len(blocks), generator=generator)
+    s = 3 * u / (1 + 2 * u)
+    listed = levels[torch.randint(len(levels), s.shape, generator=generator)]
+    s = torch.where(torch.rand(s.shape, generator=generator) < how.on_schedule, listed, s)
+    s = s.repeat_interleave(torch.tensor(policy.sizes[1:]), 1).to(device)
+    noise = torch.randn(latents[:, :, 1:].shape, generator=generator).to(device)
+    noisy = latents[:, :, 1:].lerp(noise, s[:, None, :, None, None])
+    half = torch.rand(batch, generator=generator) < 0.5
+    shaken = (how.context_noise * torch.rand(batch, generator=generator) * half).to(device)
+    grain = torch.randn(latents.shape, generator=generator).to(device)
+    history = example.history + shaken[:, None, None, None, None] * grain
+    history[:, :, 0] = latents[:, :, 0]
+    clean = torch.cat((history, example.control), 1)
+    v = forward(clean, torch.cat((noisy, example.control[:, :, 1:]), 1), s * 1000, example.text, policy.sizes, blocks)
+    return (v - (noise - latents[:, :, 1:])).square().mean()
+
+
 def fit_policy(
     policy: DragPolicy,
     batches: Iterator[tuple[Tensor, Tensor, Tensor]],
@@ -97,8 +144,7 @@ def fit_policy(
     the flaws of its own frames. Block matrices train with Muon (arXiv 2502.16982), all other weights with AdamW.
     """
     generator = torch.Generator().manual_seed(seed)
-    net, sizes = policy.net, policy.sizes
-    blocks = range(1, len(sizes))
+    net = policy.net
     net.requires_grad_(True)
     freeze(net.model, settings.freeze)
     matrices = [p for p in net.model.blocks.parameters() if p.ndim == 2]
@@ -109,31 +155,11 @@ def fit_policy(
     ]
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: cosine(step, settings.steps)) for o in optimizers]
     averaged = [p.detach().clone() for p in net.parameters()]
-    levels = torch.tensor(policy.sigmas[:-1])
     started = time.process_time()
     for step in range(settings.steps):
         latents, control, history = next(batches)
-        batch = len(latents)
-        u = torch.rand(batch, len(blocks), generator=generator)
-        s = 3 * u / (1 + 2 * u)
-        listed = levels[torch.randint(len(levels), s.shape, generator=generator)]
-        s = torch.where(torch.rand(s.shape, generator=generator) < settings.on_schedule, listed, s)
-        s = s.repeat_interleave(torch.tensor(sizes[1:]), 1)
-        noise = torch.randn(latents[:, :, 1:].shape, generator=generator)
-        noisy = latents[:, :, 1:].lerp(noise, s[:, None, :, None, None])
-        half = torch.rand(batch, generator=generator) < 0.5
-        shaken = settings.context_noise * torch.rand(batch, generator=generator) * half
-        history = history + shaken[:, None, None, None, None] * torch.randn(latents.shape, generator=generator)
-        history[:, :, 0] = latents[:, :, 0]
-        v = net(
-            torch.cat((history, control), 1),
-            torch.cat((noisy, control[:, :, 1:]), 1),
-            s * 1000,
-            policy.text([""] * batch),
-            sizes,
-            blocks,
-        )
-        loss = (v - (noise - latents[:, :, 1:])).square().mean()
+        text = policy.text([""] * len(latents))
+        loss = flow_loss(net, policy, Example(latents, control, history, text), settings, generator)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()

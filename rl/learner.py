@@ -217,10 +217,10 @@ class Learner:
                              f"{self.version}, where async.max_staleness={s.max_staleness}")  # fmt: skip
         if s.max_staleness:
             self.weights()  # so that they are kept where no rollout worker asked for them
-        parts = batches(flat, s.micro_batch)
+        passes = batches(flat, s.micro_batch)
         if s.zero_stage > 1:  # with it the ranks meet in every pass
-            parts = in_parts(parts, int(self._over_ranks(len(parts), ReduceOp.MAX)))
-        work = [ReplayBatch(tuple(flat[i] for i in indices)) for indices in parts]
+            passes = in_parts(passes, int(self._over_ranks(len(passes), ReduceOp.MAX)))
+        work = [ReplayBatch(tuple(flat[i] for i in indices)) for indices in passes]
         total = sum(len(replay.actions) for replay in flat)
         before: list[Evaluation] = []
         stats = {"lr": self._set_lr()}
@@ -234,16 +234,9 @@ class Learner:
                 loss, parts = self._loss(batch, v, logp, before[i], advantages)
                 sums += parts
                 last = i == len(work) - 1
-                self.engine.set_gradient_accumulation_boundary(last)
-                self.engine.backward(loss / total)
                 if last and epoch == 0:
                     stats["ratio_deviation"] = self._check(before)
-                if last and not s.zero_stage:  # with it the engine shards gradients and tells their norm after its step
-                    stats["grad_norm"] = self._grad_norm()
-                self.engine.step()
-            if s.zero_stage:
-                stats["grad_norm"] = float(self.engine.get_global_grad_norm())
-            self._average()
+                stats |= self._descend(loss / total, last)
             stats |= dict(
                 zip(("policy_loss", "kl", "clip_fraction", "ratio", "behaviour_weight"), (sums / total).tolist())
             )
@@ -252,6 +245,18 @@ class Learner:
             self.beta = adapt_beta(self.beta, self._over_ranks(stats["kl"]) / self.ranks, s.kl_target)
         self.version += 1
         return stats if self.reference else stats | {"kl": math.nan}
+
+    def _descend(self, loss: Tensor, last: bool) -> dict[str, float]:
+        """Adds the loss's gradient to that of this update; the last one moves the weights, and tells its norm."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss)
+        sharded = self.settings.zero_stage > 0  # then the engine knows the norm, after its step
+        norm = self._grad_norm() if last and not sharded else 0.0
+        self.engine.step()
+        if not last:
+            return {}
+        self._average()
+        return {"grad_norm": float(self.engine.get_global_grad_norm()) if sharded else norm}
 
     @torch.no_grad()
     def _evaluation(self, batch: ReplayBatch, v: Tensor, logp: Tensor) -> Evaluation:

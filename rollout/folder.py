@@ -16,7 +16,7 @@ import numpy as np
 
 from rollout.prompts import DragPrompt, PromptError
 
-REQUIRED, OPTIONAL = ("image", "tracks"), ("text", "visible", "split")
+KEYS = ("image", "video", "tracks", "text", "visible", "split")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class FolderPrompts:
     that has the shape of `size` is cut out and resized to it, its tracks with it; a visible point outside is an error.
     Text defaults to "", visible to all true, split to "train". The resized pictures are kept in memory.
 
+    A row may have `"video": "cat.mp4"` in place of the image: its first T frames are what is true, the first of them is
+    the image. The others are read when they are asked for.
+
     Index i of a split is row i modulo the number of rows of that split; rows are held out (`Splits`) by
     `"split": "heldout"`. If none is, `has_heldout` is False and held-out figures describe the training prompts.
 
@@ -76,27 +79,36 @@ class FolderPrompts:
                 rows[split].append(tuple(row))
         if not rows["train"] and not rows["heldout"]:
             raise PromptError(f"{listing}: no prompts; write one JSON object per line")
+        shown = [row[4] is not None for row in (*rows["train"], *rows["heldout"])]
+        if any(shown) and not all(shown):
+            raise PromptError(f"{listing}: {sum(shown)} of {len(shown)} rows have a video; give all rows one, or none")
         self.splits = Splits(self.path, rows["train"], rows["heldout"])
         self.has_heldout = bool(rows["heldout"])
 
     def prompt(self, split: str, index: int) -> DragPrompt:
-        return DragPrompt(*self.splits.row(split, index), self.splits.id("folder", split, index))
+        return DragPrompt(*self.splits.row(split, index)[:4], self.splits.id("folder", split, index))
 
-    def truth(self, prompt: DragPrompt) -> None:
-        return None
+    def truth(self, prompt: DragPrompt) -> np.ndarray | None:
+        _, _, split, index = prompt.id.rsplit("/", 3)
+        name = self.splits.row(split, int(index))[4]
+        if name is None:
+            return None
+        return np.stack([cut(frame, self.size)[0] for frame in read_video(self.path, name, self.frames)])
 
-    def _read(self, line: bytes) -> tuple[str, np.ndarray, str, np.ndarray, np.ndarray]:
-        """One line -> split, then first_frame, text, tracks and visible of its DragPrompt."""
+    def _read(self, line: bytes) -> tuple[str, np.ndarray, str, np.ndarray, np.ndarray, str | None]:
+        """One line -> split, then first_frame, text, tracks and visible of its DragPrompt, and its video's name."""
         try:
             row = json.loads(line)
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
             raise PromptError(f"not JSON ({error})") from None
         if not isinstance(row, dict):
             raise PromptError("not a JSON object")
-        if unknown := sorted(row.keys() - {*REQUIRED, *OPTIONAL}):
-            raise PromptError(f"unknown key {unknown[0]!r}; the keys are {', '.join(REQUIRED + OPTIONAL)}")
-        if missing := [key for key in REQUIRED if key not in row]:
-            raise PromptError(f"the key {missing[0]!r} is missing")
+        if unknown := sorted(row.keys() - {*KEYS}):
+            raise PromptError(f"unknown key {unknown[0]!r}; the keys are {', '.join(KEYS)}")
+        video = row.get("video")
+        if "tracks" not in row or ("image" in row) == ("video" in row):
+            key = "tracks" if "tracks" not in row else "image"
+            raise PromptError(f"the key {key!r} is missing" if key not in row else "give image or video, not both")
         text, split = row.get("text", ""), row.get("split", "train")
         if not isinstance(text, str):
             raise PromptError(f"text must be a string, not {text!r}")
@@ -104,21 +116,21 @@ class FolderPrompts:
             raise PromptError(f'split must be "train" or "heldout", not {split!r}')
         tracks = read_tracks(row["tracks"], self.frames)
         visible = read_visible(row.get("visible"), self.frames, tracks.shape[1])
-        frame, tracks = fit(read_picture(self.path, row["image"]), tracks, visible, self.size)
-        return split, frame, text, tracks, visible
+        if video is None:
+            picture = read_picture(self.path, row["image"])
+        else:
+            picture = read_video(self.path, video, self.frames, 1)[0]
+        frame, tracks = fit(picture, tracks, visible, self.size)
+        return split, frame, text, tracks, visible, video
 
 
 def fit(
     picture: np.ndarray, tracks: np.ndarray, visible: np.ndarray, size: int | tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The largest centred part of the picture that has the shape of `size`, resized to it: uint8 [H, W, 3], and the
-    tracks in its pixels, float32 [T, N, 2]. size: side of a square, or (H, W), px.
-    """
-    height, width = picture.shape[:2]
-    rows, columns = size if isinstance(size, tuple) else (size, size)
-    part = np.array([min(width, round(height * columns / rows)), min(height, round(width * rows / columns))])
-    x0, y0 = corner = (np.array([width, height]) - part) // 2
-    x1, y1 = corner + part - 1
+    """`cut`, and the tracks in the part's pixels, float32 [T, N, 2]. PromptError where a visible point is outside."""
+    frame, corner, part = cut(picture, size)
+    (height, width), (rows, columns) = picture.shape[:2], frame.shape[:2]
+    (x0, y0), (x1, y1) = corner, corner + part - 1
     inside = ((tracks >= corner) & (tracks <= (x1, y1))).all(-1)
     if not (inside | ~visible).all():
         t, n = np.argwhere(~inside & visible)[0]
@@ -128,12 +140,37 @@ def fit(
             f"track {n} is at ({x:g}, {y:g}) in frame {t}, outside the centre {shape} {x0} <= x <= {x1}, "
             f"{y0} <= y <= {y1} of the {width}x{height} image; move it, or mark it invisible there"
         )
-    interpolation = cv2.INTER_AREA if part[0] > columns else cv2.INTER_CUBIC
-    frame = cv2.resize(picture[y0 : y1 + 1, x0 : x1 + 1], (columns, rows), interpolation=interpolation)
     scaled = (tracks - corner + 0.5) * ((columns, rows) / part) - 0.5
     # The centre of a border pixel can fall up to half a pixel outside the centres of the smaller picture.
     scaled = np.where(inside[..., None], scaled.clip(0, (columns - 1, rows - 1)), scaled)
     return frame, scaled.astype(np.float32)
+
+
+def cut(picture: np.ndarray, size: int | tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The largest centred part of the picture that has the shape of `size`, resized to it: uint8 [H, W, 3]; and the
+    part's corner and size, (x, y) each, in pixels of the picture. size: side of a square, or (H, W), px.
+    """
+    height, width = picture.shape[:2]
+    rows, columns = size if isinstance(size, tuple) else (size, size)
+    part = np.array([min(width, round(height * columns / rows)), min(height, round(width * rows / columns))])
+    x0, y0 = corner = (np.array([width, height]) - part) // 2
+    interpolation = cv2.INTER_AREA if part[0] > columns else cv2.INTER_CUBIC
+    inside = picture[y0 : y0 + part[1], x0 : x0 + part[0]]
+    return cv2.resize(inside, (columns, rows), interpolation=interpolation), corner, part
+
+
+def read_video(folder: Path, name: Any, frames: int, count: int | None = None) -> list[np.ndarray]:
+    """The first `frames` pictures, uint8 [H, W, 3], RGB, of a file named relative to the folder; or of them `count`."""
+    if not isinstance(name, str) or not (folder / name).is_file():
+        raise PromptError(f"video {name!r} is not a file in {folder}")
+    capture, pictures = cv2.VideoCapture(str(folder / name)), []
+    held = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    while held >= frames and len(pictures) < (count or frames) and (read := capture.read())[0]:
+        pictures.append(cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB))
+    capture.release()
+    if len(pictures) < (count or frames):
+        raise PromptError(f"video {name!r} cannot be read, or has fewer than {frames} frames")
+    return pictures
 
 
 def read_picture(folder: Path, name: Any) -> np.ndarray:

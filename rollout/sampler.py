@@ -21,7 +21,7 @@ from rollout.plan import NoisePlan
 from rollout.prompts import DragPrompt
 
 
-def collate(prompts: Sequence[DragPrompt]) -> Drag:
+def collate(prompts: Sequence[DragPrompt], device: torch.device | str = "cpu") -> Drag:
     """Prompts as one batch; prompts with fewer points are padded with invisible ones."""
     points = max(p.tracks.shape[1] for p in prompts)
 
@@ -31,9 +31,9 @@ def collate(prompts: Sequence[DragPrompt]) -> Drag:
 
     first = torch.from_numpy(np.stack([p.first_frame for p in prompts])[:, None])
     return Drag(
-        from_pixels(first)[:, :, 0],
-        torch.stack([pad(p.tracks) for p in prompts]).float(),
-        torch.stack([pad(p.visible) for p in prompts]),
+        from_pixels(first)[:, :, 0].to(device),
+        torch.stack([pad(p.tracks) for p in prompts]).float().to(device),
+        torch.stack([pad(p.visible) for p in prompts]).to(device),
     )
 
 
@@ -79,11 +79,8 @@ class Sampler:
 
     def begin(self, prompts: Sequence[DragPrompt]) -> tuple[Stream, Tensor]:
         """The stream after its given first frame, and that frame's latent [B, C, 1, h, w]."""
-        drag, policy = collate(prompts), self.policy
-        device = policy.device
-        drag = policy.control.prepare(
-            Drag(*(part.to(device) for part in (drag.first_frame, drag.tracks, drag.visible)))
-        )
+        policy = self.policy
+        drag = policy.control.prepare(collate(prompts, policy.device))
         first = policy.first_latent(drag)
         _, codec_state = policy.codec.decode(first, None)
         text = policy.context([p.text for p in prompts], drag)

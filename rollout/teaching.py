@@ -1,8 +1,8 @@
-"""Endless supervised examples from the sprite world, for pretraining the codec and the policy."""
+"""Supervised examples: endless ones from the sprite world, for pretraining codec and policy, and a user's videos."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,9 @@ from policy.attention import KVCache
 from policy.codec import from_pixels
 from policy.control import Drag
 from policy.policy import DragPolicy
-from rollout.sampler import Sampler, Stream
+from policy.pretrain import Example
+from rollout.prompts import DragPrompt
+from rollout.sampler import Sampler, Stream, collate
 from rollout.seeds import numpy_generator, torch_generator
 from rollout.sprites import SpriteWorld
 
@@ -71,6 +73,14 @@ def _example(policy: DragPolicy, world: SpriteWorld, index: int, lag: float) -> 
     pixels = from_pixels(torch.from_numpy(video))[None]
     drag = Drag(pixels[:, :, 0], torch.from_numpy(tracks)[None], torch.from_numpy(visible)[None])
     return policy.codec.encode(pixels)[0].half(), policy.control.encode(drag)[0].half()
+
+
+@torch.no_grad()
+def true_examples(policy: DragPolicy, prompts: Sequence[DragPrompt], videos: Sequence[np.ndarray]) -> Example:
+    """Teacher forcing on true videos, uint8 [T, H, W, 3] each, whose objects move as their prompts' tracks say."""
+    drag = policy.control.prepare(collate(prompts, policy.device))
+    latents = policy.codec.encode(from_pixels(torch.from_numpy(np.stack(videos))).to(policy.device))
+    return Example(latents, policy.control.encode(drag), latents, policy.context([p.text for p in prompts], drag))
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def test_rows_marked_heldout_are_never_trained_on(tmp_path):
 @pytest.mark.parametrize(("row", "message"), [
     ('{"image": ', "not JSON"),
     ("[1, 2]", "not a JSON object"),
-    ({"drags": []}, "unknown key 'drags'; the keys are image, tracks, text, visible, split"),
+    ({"drags": []}, "unknown key 'drags'; the keys are image, video, tracks, text, visible, split"),
     ('{"image": "disc.png"}', "the key 'tracks' is missing"),
     ({"image": "cat.png"}, "image 'cat.png' is not a file in"),
     ({"image": 7}, "image 7 is not a file in"),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from wan_cases import write_folder
 
 from policy.wan_formats import read_wan, to_original
+from rl.report import write_mp4
 
 PAGE = Path(__file__).parents[1] / "docs/wan.md"
 FRAMES = 9
@@ -43,6 +44,10 @@ def home(tmp_path_factory):
         split = "heldout" if i == 2 else "train"
         rows.append({"image": f"{i}.png", "text": text, "tracks": [track], "split": split})
     (drags / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "clips").mkdir()
+    write_mp4(home / "clips/0.mp4", rng.integers(0, 256, (FRAMES, 40, 60, 3), dtype=np.uint8), 16.0)
+    row = {"video": "0.mp4", "text": "a dog", "tracks": rows[0]["tracks"]}
+    (home / "clips/prompts.jsonl").write_text(json.dumps(row) + "\n")
     return home
 
 
@@ -124,11 +129,17 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.S)
     for command in block.replace("\\\n", " ").splitlines()
 ]
-TINY = [
+SHAPE = [
     "policy.wan.height=32", "policy.wan.width=48", f"policy.wan.frames={FRAMES}", "policy.wan.window=2",
-    "policy.wan.drag_sigma=4.0", "policy.wan.text_length=16", "cluster=inline", "learner.ranks=1",
+    "policy.wan.drag_sigma=4.0", "policy.wan.text_length=16", "cluster=inline", "learner.ranks=1", "tracking.uri=null",
+]  # fmt: skip
+TINY = {
+    "teach": ["teach.steps=1", "teach.batch=1", "teach.heldout=1"],
+    "export": None, "plan": None,  # as documented
+}  # fmt: skip
+LOOP = [
     "rollout.group_size=3", "rollout.prompts_per_iteration=2", "rollout.prompts_per_task=1", "train.iterations=1",
-    "evaluate.prompts=1", "evaluate.batch=1", "evaluate.strips=1", "~rewards.background", "tracking.uri=null",
+    "evaluate.prompts=1", "evaluate.batch=1", "evaluate.strips=1", "~rewards.background",
 ]  # fmt: skip
 
 
@@ -140,16 +151,17 @@ def test_the_documented_commands_run_one_after_the_other(home, tmp_path):
     shutil.copy(home / "wan/transformer/config.json", tmp_path)  # weights of this size do not show their heads
     places = {
         "/models/wan": home / "wan", "/models/self_forcing_dmd.pt": tmp_path / "student.pt",
-        "/data/drags": home / "drags", "/data/texts": tmp_path / "texts",
+        "/data/drags": home / "drags", "/data/clips": home / "clips", "/data/texts": tmp_path / "texts",
         "outputs": tmp_path, "step_000030": "step_000001",
     }  # fmt: skip
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
     for _, _, job, *overrides in COMMANDS:
         given = [reduce(lambda w, place: w.replace(place, str(places[place])), places, word) for word in overrides]
-        if job not in ("jobs.export", "jobs.plan"):
-            given = [f"run_dir={tmp_path / job}", *given, *TINY]
+        name = job.removeprefix("jobs.")
+        if (small := TINY.get(name, LOOP)) is not None:
+            given = [f"run_dir={tmp_path / job}", *given, *SHAPE, *small]
         last = {word.split("=")[0]: word for word in given}
-        assert run_job(job.removeprefix("jobs."), *last.values()) == 0, f"{job} {overrides}"
+        assert run_job(name, *last.values()) == 0, f"{job} {overrides}"
     for name in ("wan_tuned", "wan_lora_tuned"):
         exported = WanTransformer3DModel.from_pretrained(tmp_path / name, torch_dtype=torch.bfloat16)
         assert exported.config.in_channels == 36
