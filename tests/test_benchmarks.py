@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def test_streaming_and_training_are_timed_at_a_tiny_size():
     found = measure("tiny", videos=1)
     assert found["pixel_frames_per_s"] > 0
-    for name in ("first_frame_s", "block_s", "rollout_s", "learn_s"):
+    for name in ("first_frame_s", "block_s", "rollout_s", "learn_s", "iteration_s"):
         assert 0 < found[name]["p50"] <= found[name]["p95"] and f"| {name} | " in table(found)
 
 
