@@ -2,7 +2,7 @@
 
 python -m benchmarks.weight_sync
 
-Through Ray's object store, as the loop does it (`rl.loop.synchronise`: packed, sent, installed, both digests compared);
+Through Ray's object store, as the loop does it (`rl.pipeline.synchronise`: packed, sent, installed, both digests compared);
 the adapters alone; and, beside it, a broadcast of torch.distributed between the same processes, in buckets.
 """
 
@@ -24,7 +24,7 @@ from policy.codec import ConvCodec
 from policy.lora import LoraSettings
 from policy.policy import DragPolicy, PolicySettings, build_transformer
 from rl.fleet import Fleet, FleetSpec, closing, fetch, make_fleet
-from rl.loop import Fleets, synchronise
+from rl.pipeline import Fleets, synchronise
 from rl.ray_fleet import ray_session
 from rl.weights import Weights, digest, install, pack
 
