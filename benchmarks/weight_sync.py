@@ -2,8 +2,8 @@
 
 python -m benchmarks.weight_sync
 
-Through Ray's object store, as the loop does it (`rl.pipeline.synchronise`: packed, sent, installed, both digests compared);
-the adapters alone; and, beside it, a broadcast of torch.distributed between the same processes, in buckets.
+Through Ray's object store, as the loop does it (`rl.pipeline.synchronise`: packed, sent, installed, both digests
+compared); the adapters alone; and, beside it, a broadcast of torch.distributed between the same processes, in buckets.
 """
 
 from __future__ import annotations
