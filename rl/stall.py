@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 log = logging.getLogger(__name__)
+SHOWN = 8  # calls under way, those that wait longest
 _DOING: ContextVar[str] = ContextVar("doing", default="")
 
 
@@ -39,11 +40,12 @@ class Watchdog:
         since = max(self.last_s, min((replica.started for _, replica in busy), default=time.monotonic()))
         if (now := time.monotonic()) - since >= self.after_s:
             self.last_s = now
+            longest = sorted(busy, key=lambda pair: pair[1].started)[:SHOWN]
             under_way = "; ".join(
                 f"{fleet.spec.name}[{replica.index}].{replica.call.method}({plain(replica.call.args)}) for "
                 f"{now - replica.started:.0f} of {replica.call.timeout_s:.0f} s"
-                for fleet, replica in busy
-            )
+                for fleet, replica in longest
+            ) + (f"; and {more} more" if (more := len(busy) - len(longest)) else "")
             queued = ", ".join(f"{n} for {fleet.spec.name}" for fleet in fleets if (n := fleet.queued))
             log.warning("%s: nothing has come to an end for %.0f s; under way: %s; queued: %s", _DOING.get() or "stall",
                         now - since, under_way, queued or "nothing")  # fmt: skip
