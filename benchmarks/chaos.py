@@ -62,11 +62,12 @@ class Life:
         """Those that it has finished so far."""
         return [int(number) for number in re.findall(r"^(\d+)/\d+ ", self.log.read_text(), re.M)]
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 240) -> float:
-        """Waits for it; the time. Raises RuntimeError with the log where the process ends before, or never."""
+    def until(self, condition: Callable[[], bool], timeout_s: float = 900) -> float:
+        """Waits for it; the time. RuntimeError with the log where the process ends before, or hangs and is killed."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
                 raise RuntimeError(f"{self.process.args}\nended or hangs:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.02)
         return time.monotonic()
@@ -76,7 +77,7 @@ class Life:
 
     def end(self) -> None:
         """Waits for its own end; raises RuntimeError if that is a failure."""
-        if self.process.wait(600):
+        if self.process.wait(1800):
             raise RuntimeError(f"{self.process.args}\nfailed:\n{self.log.read_text()[-3000:]}")
 
     def processes(self, fleet: str | None = None) -> list[psutil.Process]:

@@ -161,6 +161,7 @@ class ClusterConfig:
     address: str
     fault_share: float
     placement: str | None
+    stall_s: float
     rollout: RoleConfig
     reward: RewardRoleConfig
     learner: RoleConfig
@@ -199,7 +200,8 @@ class EvaluateConfig:
 class LoopConfig:
     """keep_checkpoints: how many of those saved last stay, besides every `keep_every`-th step (null: none) and the best
     on held-out prompts. checkpoint_url: where they are copied to, anything that fsspec writes; null = nowhere.
-    grace_s: from SIGTERM or SIGINT until the process ends, whatever it still does.
+    max_recoveries: how often a lost learner is made anew. grace_s: from SIGTERM or SIGINT until the process ends,
+    whatever it still does.
     """
 
     iterations: int
@@ -207,6 +209,7 @@ class LoopConfig:
     keep_checkpoints: int
     keep_every: int | None
     checkpoint_url: str | None
+    max_recoveries: int
     grace_s: float
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -13,7 +14,7 @@ from jobs_cases import run_job, small_run  # noqa: F401  (a fixture)
 from test_learner import KERNEL, experience, policy_path, settings  # noqa: F401  (fixtures)
 
 from jobs.cli import ConfigError
-from jobs.resume import changes
+from jobs.resume import FIXED, FREE, changes
 from rl.fleet import FleetSpec, closing, fetch, make_fleet
 from rl.learner import Learner
 
@@ -113,3 +114,11 @@ def test_each_of_two_ranks_resumes_its_own_generators_and_share_of_the_optimizer
     (drawn, digest), (drawn_again, digest_again) = found
     assert drawn_again == drawn and drawn[0] != drawn[1]
     assert digest_again == digest
+
+
+def test_the_documentation_names_every_setting_that_must_stay():
+    page = (Path(__file__).parents[1] / "docs/resume.md").read_text()
+    for key in FIXED:
+        assert f"`{key}`" in page or f"`{key}.*`" in page
+    for key in FREE:
+        assert f"`{key}`" in page or f"`.{key.rpartition('.')[2]}`" in page
