@@ -31,6 +31,10 @@ class Sleeper:
         time.sleep(self.seconds)
         self.seen.append((*what, begin, time.monotonic()))
 
+    def begin(self, seconds: float) -> None:
+        """As a new one."""
+        self.__init__(seconds)
+
     def notes(self) -> list[tuple]:
         return self.seen
 
@@ -67,24 +71,27 @@ class SleepingLearner(Sleeper):
 
 
 @contextmanager
-def sleepers(backend: str, roles: Roles) -> Iterator[Callable[..., list[tuple]]]:
-    """run(settings, start, log): the training loop on them from iteration `start` on; returns all notes until then in
-    the order of beginning."""
+def sleepers(backend: str, roles: Roles, rollout_cpus: float = 0.0) -> Iterator[Callable[..., list[tuple]]]:
+    """run(settings, held, log, **seconds): the training loop on them (see `train`), with other seconds than in roles
+    for the roles that are named; returns the notes in the order of beginning."""
     from rl.advantage import TermWeight
     from rl.judges import Judges
     from rl.loop import train
     from rl.pipeline import Fleets
 
     kinds = {"rollout": SleepingRollout, "reward": SleepingJudge, "learner": SleepingLearner}
-    made = [make_fleet(backend, kinds[name], FleetSpec(name, count, start_timeout_s=600), (seconds,))
+    cpus = {"rollout": rollout_cpus, "reward": 0.0, "learner": 0.0}
+    made = [make_fleet(backend, kinds[name], FleetSpec(name, count, cpus[name], start_timeout_s=600), (seconds,))
             for name, (seconds, count) in roles.items()]  # fmt: skip
     with closing(*made) as (rollout, reward, learner):
         fleets = Fleets(rollout, Judges({"reward": reward}, {"reward": [TERM]}, 0.0), learner)
         for fleet in made:
             fleet.broadcast("notes")  # until all are there
 
-        def run(settings, start=0, log=lambda *_: None) -> list[tuple]:
-            train(fleets, {TERM: TermWeight(1.0, 0.01)}, settings, [start], log, lambda _: None, lambda _: False)
+        def run(settings, held=(0,), log=lambda *_: None, **other: float) -> list[tuple]:
+            for fleet, (name, (seconds, _)) in zip(made, roles.items()):
+                fleet.broadcast("begin", other.get(name, seconds))
+            train(fleets, {TERM: TermWeight(1.0, 0.01)}, settings, held, log, lambda _: None, lambda _: False)
             notes = [note for fleet in made for part in fetch(fleet.broadcast("notes")) for note in part]
             return sorted(notes, key=lambda note: note[-2])
 

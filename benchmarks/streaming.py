@@ -92,8 +92,12 @@ def stream(policy: DragPolicy, device: str, index: int) -> list[float]:
     return took
 
 
-def train_step(policy: DragPolicy, device: str, members: int, index: int) -> dict[str, float]:
-    """Seconds of the rollout of one prompt with `trunk`, and of the learner's pass over it, backward included."""
+def train_step(
+    policy: DragPolicy, reference: torch.nn.Module, device: str, members: int, index: int
+) -> dict[str, float]:
+    """Seconds of the rollout of one prompt with `trunk`, of the learner's passes over it (policy, reference, backward),
+    and of both: an iteration but for rewards and optimizer.
+    """
     settings = RolloutSettings("trunk", members, "tangent", Kernel("cps", 0.5, 4.0))
     prompt, begin = random_prompt(policy.settings, index), now(device)
     plan = make_plan(0, index, prompt.id, "trunk", members, len(policy.sizes) - 1, len(policy.sigmas) - 1)
@@ -101,8 +105,11 @@ def train_step(policy: DragPolicy, device: str, members: int, index: int) -> dic
     rolled = now(device)
     batch = ReplayBatch(tuple(replays))
     sum(logp.mean() for logp in batch.log_probs(settings.kernel, batch.velocity(policy, policy.net))).backward()
+    with torch.no_grad():
+        batch.velocity(policy, reference)
     policy.net.zero_grad()
-    return {"rollout_s": rolled - begin, "learn_s": now(device) - rolled}
+    learnt = now(device)
+    return {"rollout_s": rolled - begin, "learn_s": learnt - rolled, "iteration_s": learnt - begin}
 
 
 def measure(shape: str, videos: int = 5, members: int = 8) -> dict[str, Any]:
@@ -111,8 +118,9 @@ def measure(shape: str, videos: int = 5, members: int = 8) -> dict[str, Any]:
     stream(policy, device, 0)  # kernels are chosen and memory is taken in the first one
     runs = [stream(policy, device, i) for i in range(1, videos + 1)]
     blocks = np.array([took for run in runs for took in run[1:]])
-    train_step(policy, device, members, 0)
-    steps = [train_step(policy, device, members, i) for i in range(1, 4)]
+    reference = policy.reference()
+    train_step(policy, reference, device, members, 0)
+    steps = [train_step(policy, reference, device, members, i) for i in range(1, 4)]
     frames = policy.codec.temporal_stride * policy.settings.block
     found = {"first_frame_s": np.array([run[0] for run in runs]), "block_s": blocks}
     found |= {name: np.array([step[name] for step in steps]) for name in steps[0]}

@@ -18,13 +18,14 @@ from policy.policy import PolicySource, Settings
 from policy.transition import Kernel
 from policy.wan import WanSettings
 from rl.advantage import TermWeight
-from rl.fleet import Fleet, FleetSpec, fetch, make_fleet
+from rl.fleet import Fleet, FleetSpec, make_fleet
 from rl.judges import Judges
-from rl.learner import Learner, LearnerSettings
+from rl.learner import Learner, LearnerSettings, join
 from rl.loop import LoopSettings
 from rl.ray_fleet import ray_session
 from rl.reward_worker import RewardWorker
 from rl.rollout_worker import SyncedRolloutWorker
+from rl.stall import WATCHDOG
 from rollout.group import RolloutSettings
 from rollout.prompts import DragPrompt
 
@@ -76,11 +77,13 @@ def validate(c: TrainConfig) -> Settings:
             c.train.keep_checkpoints >= 1 and (c.train.keep_every is None or c.train.keep_every >= 1),
             "train.keep_checkpoints and train.keep_every (null: none) must be at least 1",
         ),
+        (c.train.max_recoveries >= 0, f"train.max_recoveries={c.train.max_recoveries} must be at least 0"),
         (
             c.tracking.register is None or (c.tracking.uri and not {*"/:%"} & {*c.tracking.register}),
             f"tracking.register={c.tracking.register} (null: no) must have none of / : %, and needs tracking.uri",
         ),
         (c.train.grace_s > 0, f"train.grace_s={c.train.grace_s} must be above 0"),
+        (c.cluster.stall_s > 0, f"cluster.stall_s={c.cluster.stall_s} must be above 0"),
         (0 <= c.cluster.fault_share < 1, f"cluster.fault_share={c.cluster.fault_share} must lie in [0, 1)"),
         (c.evaluate.prompts >= 1 and c.evaluate.batch >= 1, "evaluate.prompts and evaluate.batch must be at least 1"),
         (
@@ -134,6 +137,7 @@ def loop_settings(c: TrainConfig) -> LoopSettings:
         advantage_std=c.learner.advantage_std,
         best_and_worst=c.learner.best_and_worst,
         max_staleness=getattr(c, "async").max_staleness,
+        max_recoveries=c.train.max_recoveries,
     )
 
 
@@ -152,6 +156,7 @@ def session(c: TrainConfig) -> Iterator[None]:
     if c.cluster.backend == "inline":
         yield
     else:
+        WATCHDOG.after_s = c.cluster.stall_s
         with ray_session(c.cluster.address):
             yield
 
@@ -188,8 +193,7 @@ def join_learner(c: Any, kind: type[Learner], args: tuple) -> Fleet:
             "or train adapters with policy.lora.rank"
         )
     fleet = make_fleet(c.cluster.backend, kind, learner_spec(c), args)
-    address = fetch(fleet.broadcast("address")[0])
-    fleet.scatter("join", [(rank, address) for rank in range(c.learner.ranks)])
+    join(fleet)
     return fleet
 
 

@@ -158,6 +158,7 @@ class ClusterConfig:
     backend: str
     address: str
     fault_share: float
+    stall_s: float
     rollout: RoleConfig
     reward: RewardRoleConfig
     learner: RoleConfig
@@ -196,7 +197,8 @@ class EvaluateConfig:
 class LoopConfig:
     """keep_checkpoints: how many of those saved last stay, besides every `keep_every`-th step (null: none) and the best
     on held-out prompts. checkpoint_url: where they are copied to, anything that fsspec writes; null = nowhere.
-    grace_s: from SIGTERM or SIGINT until the process ends, whatever it still does.
+    max_recoveries: how often a lost learner is made anew. grace_s: from SIGTERM or SIGINT until the process ends,
+    whatever it still does.
     """
 
     iterations: int
@@ -204,6 +206,7 @@ class LoopConfig:
     keep_checkpoints: int
     keep_every: int | None
     checkpoint_url: str | None
+    max_recoveries: int
     grace_s: float
 
 

@@ -21,7 +21,6 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NoReturn
@@ -160,25 +159,15 @@ def follow_up() -> None:
         follow(task)
 
 
-_DOING: ContextVar[str] = ContextVar("doing", default="")
-
-
-@contextmanager
-def doing(what: str) -> Iterator[None]:
-    """Inside the block a stall is reported as one of `what`."""
-    before = _DOING.set(what)
-    try:
-        yield
-    finally:
-        _DOING.reset(before)
-
-
 class Fleet(ABC):
-    """restarts: how many replicas were lost and replaced so far. recycled: how many held too much memory and were."""
+    """restarts: how many replicas were lost and replaced so far. recycled: how many held too much memory and were.
+    loss: what ended a fleet whose replicas are not replaced, until `renew`.
+    """
 
     def __init__(self, spec: FleetSpec) -> None:
         self.spec = spec
         self.restarts = self.recycled = 0
+        self.loss: Fault | None = None
 
     @abstractmethod
     def submit(self, method: str, *args: Any, returns: int = 1) -> Task:
@@ -196,6 +185,10 @@ class Fleet(ABC):
     @abstractmethod
     def advance(self) -> None:
         """Waits until something happens to any fleet of this process, and deals with it."""
+
+    def renew(self) -> None:
+        """New replicas in the place of all, for a fleet that a loss has ended; they know of no call before."""
+        raise FleetError(f"fleet {self.spec.name!r} has lost nobody")
 
     @abstractmethod
     def close(self) -> None:

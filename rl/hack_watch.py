@@ -94,7 +94,8 @@ class HackWatch:
         return [text for n in range(len(seen)) if (text := alarm(seen[: n + 1], self.patience))]
 
     def resume(self, step: int) -> None:
-        """Reads back what an earlier process saw up to this step."""
+        """Reads back what was seen up to this step."""
+        self._seen = {}
         if self._memory.exists():
             for line in self._memory.read_text().splitlines():
                 record = json.loads(line)

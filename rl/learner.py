@@ -21,6 +21,7 @@ from policy.causal import freeze
 from policy.policy import PolicySource, load_policy
 from policy.transition import Kernel
 from rl.advantage import Advantages
+from rl.fleet import Fleet, fetch
 from rl.objective import (
     adapt_beta,
     behaviour_weight,
@@ -121,6 +122,12 @@ def credit_of(batch: ReplayBatch, advantages: Advantages) -> Tensor:
         group, members = advantages.get(action.group_id, {}).get(action.block), list(action.members)
         rows.append(np.zeros(len(members), np.float32) if group is None else group[members])
     return torch.from_numpy(np.stack(rows))
+
+
+def join(learner: Fleet) -> None:
+    """Brings the ranks together; returns when all have built their engines."""
+    address = fetch(learner.broadcast("address")[0])
+    learner.scatter("join", [(rank, address) for rank in range(learner.spec.replicas)])
 
 
 class Learner:
@@ -334,7 +341,8 @@ class Learner:
         if not averaged and self.version in self.recent.packed:
             return self.recent.get(self.version)
         state = self._typed(self._state(averaged))
-        weights = pack(state, self.version) if self.rank == 0 else None
+        kept = self.recent.count > 0 and not averaged  # others are sent before the next update
+        weights = pack(state, self.version, copy=kept) if self.rank == 0 else None
         return weights if averaged else self.recent.add(self.version, weights)
 
     def save(self, path: str) -> int:

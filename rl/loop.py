@@ -11,9 +11,10 @@ from functools import partial
 import numpy as np
 
 from rl.advantage import Advantages, TermWeight, advantages, best_and_worst, permuted
-from rl.fleet import doing, fetch
+from rl.fleet import fetch
 from rl.pipeline import Fleets, Pipeline
 from rl.reward_worker import GroupScores
+from rl.stall import doing
 from rollout.seeds import seed_of
 
 Metrics = dict[str, float]
@@ -26,6 +27,7 @@ class LoopSettings:
     own alone. advantage_clip: of |A|. advantage_std: of `normalise`. best_and_worst: how many of each learn in a group
     (None: all members). permute: give advantages to the wrong members (the control that must not
     improve). evaluate_every: iterations between evaluations; None: none before the end. max_staleness: of `Pipeline`.
+    max_recoveries: how often `rl.run.run` makes a lost learner anew.
     """
 
     seed: int
@@ -40,6 +42,7 @@ class LoopSettings:
     advantage_std: str = "group"
     best_and_worst: int | None = None
     max_staleness: int = 0
+    max_recoveries: int = 0
 
 
 @dataclass

@@ -28,6 +28,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from rl.fleet import Fault, Fleet, FleetError, FleetSpec, FleetSpecError, Task, fetch, follow_up, run_call
+from rl.stall import WATCHDOG
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,6 @@ class RayFleet(Fleet):
     def __init__(self, build: Callable[[], Any], spec: FleetSpec, on_restart: Callable[[Fault], None] | None) -> None:
         super().__init__(spec)
         self.on_restart = on_restart
-        self.loss: Fault | None = None  # what ended a fleet whose replicas are not replaced
         self._place = _Call(READY, (), 1, spec.start_timeout_s)
         self._build = _Call(BUILD, (build,), 1, spec.start_timeout_s)
         self._kept: dict[str, list[_Call]] = {}
@@ -190,6 +190,16 @@ class RayFleet(Fleet):
     def advance(self) -> None:
         _turn(POLL_S)
         follow_up()
+
+    def renew(self) -> None:
+        if self.loss is None or self not in _LIVE:
+            super().renew()
+        for replica in self.replicas:
+            ray.kill(replica.actor)
+        self.loss, self._lockstep = None, None
+        self._kept.clear()
+        self.restarts += len(self.replicas)
+        self.replicas = [self._spawn(i) for i in range(self.spec.replicas)]
 
     def close(self) -> None:
         if self not in _LIVE:
@@ -342,6 +352,11 @@ class RayFleet(Fleet):
         kept = [calls[index] for calls in self._kept.values()]
         return _Replica(index, actor, deque([self._place, self._build, *kept]))
 
+    @property
+    def queued(self) -> int:
+        """Calls that wait for a replica."""
+        return sum(len(batch.calls) for batch in self._queue)
+
     def _fail_queue(self, fault: Fault) -> None:
         for batch in self._queue:
             batch.task.parts = [fault] * len(batch.task.parts)
@@ -371,10 +386,13 @@ def _turn(wait_s: float) -> None:
         ray.wait(list(busy), timeout=wait_s, fetch_local=False)
         # The driver may have been away for long: everything that finished counts before anything is called late.
         finished, _ = ray.wait(list(busy), num_returns=len(busy), timeout=0, fetch_local=False)
+        if finished:
+            WATCHDOG.ended()
         for reference in finished:
             fleet, replica = busy[reference]
             fleet.collect(replica)
         for fleet, replica in busy.values():
             fleet.check(replica, time.monotonic())
+        WATCHDOG.look(_LIVE)
         for fleet in _LIVE:
             fleet.dispatch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from rl import checkpoint
 from rl.advantage import TermWeight
 from rl.checkpoint_store import CheckpointStore
 from rl.evaluation import compare, stack
-from rl.fleet import Fleet, as_completed, fetch
+from rl.fleet import Fleet, FleetError, as_completed, fetch
 from rl.hack_watch import HackWatch
 from rl.judges import Judges
+from rl.learner import join
 from rl.loop import Clock, LoopSettings, train
 from rl.pipeline import Fleets, synchronise
 from rl.progress import Progress
@@ -27,6 +29,7 @@ from rl.tracking import Tracking
 from rollout.prompts import DragPrompt
 from rollout.records import Films
 
+logger = logging.getLogger(__name__)
 CANARY = "canary/"
 
 
@@ -102,7 +105,8 @@ def run(
     resume: Path | None,
 ) -> dict[str, Any]:
     """Measures the base, trains, measures the tuned policy, writes report.html and summary.json; returns the
-    summary. Where the run is asked to stop, what is trained is saved before Stopped passes.
+    summary. Where the run is asked to stop, what is trained is saved before Stopped passes. A learner that is lost is
+    made anew and goes on from the last checkpoint.
     """
     started, clock = time.perf_counter(), Clock()
     folder, tracking = output.folder, output.tracking
@@ -115,21 +119,29 @@ def run(
                 watch.draw(step, measured.metrics, measured.film, tracking, output.fps)
         return measured.metrics, measured.films(), stop
 
-    held, best = [0], None
-    if resume is not None:
-        held = fetch(fleets.learner.broadcast("load", str(resume)))[0]
-        best = checkpoint.read_manifest(resume).get("best")
-        folder.restore(resume)
-        folder.truncate_after(held[-1])
-        watch.resume(held[-1])
+    def go_on_from(path: Path | None) -> list[int]:
+        """Takes learner and records to a checkpoint, or to the beginning; the versions of the weights there."""
+        nonlocal best, done, saved
+        held, best = [0], None
+        if path:
+            held = fetch(fleets.learner.broadcast("load", str(path)))[0]
+            best = checkpoint.read_manifest(path).get("best")
+            folder.restore(path)
+        done = saved = held[-1]
+        folder.truncate_after(done)
+        watch.resume(done)
+        return held
+
+    last, recoveries, best, done, saved = settings.iterations, 0, None, 0, 0
+    held = go_on_from(resume) if resume else [0]
     start = held[-1]
     base, base_films, _ = look(0)
 
-    last, done, saved = settings.iterations, start, start
     with Progress(settings.iterations, start) as progress:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             nonlocal done
+            metrics = metrics | {"system/recoveries": float(recoveries)}
             folder.append(step, metrics)
             tracking.log({**metrics, **output.system()}, step)
             progress.update(metrics)
@@ -165,13 +177,27 @@ def run(
         if due and not watch.knows(start) and evaluate(start):  # what a stop came before
             held = [settings.iterations]
 
-        try:
-            seconds = train(fleets, terms, settings, held, log, save, evaluate).seconds
-        except Stopped:
-            save(done)
-            raise
+        while True:
+            try:
+                seconds = train(fleets, terms, settings, held, log, save, evaluate).seconds
+                synchronise(fleets, averaged=True)
+                break
+            except Stopped:
+                save(done)
+                raise
+            except (FleetError, checkpoint.CheckpointError) as error:
+                if fleets.learner.loss is None or recoveries == settings.max_recoveries:
+                    raise
+                recoveries += 1
+                path = checkpoint.latest(folder.checkpoints)[0] or resume
+                logger.warning("%s; recovery %d of %d, from %s", error, recoveries, settings.max_recoveries,
+                               path or "the beginning")  # fmt: skip
+                fleets.learner.renew()
+                join(fleets.learner)
+                held, progress.done = go_on_from(path), done
+                if done == last:
+                    held = [settings.iterations]
 
-    synchronise(fleets, averaged=True)
     tuned, tuned_films, _ = look(last)
     seconds |= clock.seconds | {"total": time.perf_counter() - started}
     summary = summarise(compare(base, tuned), heldout.prompts, last, seconds, tracking.run_id)

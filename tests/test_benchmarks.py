@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 from jobs_cases import small_run  # noqa: F401  (a fixture)
 
-from benchmarks import common, iteration, kv_cache, one_forward, prefix, run, whole_loop
+from benchmarks import (
+    common,
+    iteration,
+    kv_cache,
+    many_workers,
+    one_forward,
+    overlap,
+    prefix,
+    run,
+    weight_sync,
+    whole_loop,
+)
+from benchmarks.sleepers import sleepers
 from benchmarks.streaming import measure, table
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 def test_streaming_and_training_are_timed_at_a_tiny_size():
     found = measure("tiny", videos=1)
     assert found["pixel_frames_per_s"] > 0
-    for name in ("first_frame_s", "block_s", "rollout_s", "learn_s"):
+    for name in ("first_frame_s", "block_s", "rollout_s", "learn_s", "iteration_s"):
         assert 0 < found[name]["p50"] <= found[name]["p95"] and f"| {name} | " in table(found)
 
 
@@ -67,6 +79,26 @@ def test_the_loop_on_ray_is_timed_beside_its_mathematics(small_run, ray_local): 
     rows = whole_loop.measure(1, *small_run, "cluster=local")
     assert [row["side"] for row in rows] == ["bare", "Ray"]
     assert all(row["cpu_s"] > 0 and row["wall_s"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_weights_reach_a_worker_and_the_way_is_timed_beside_a_copy(ray_local):
+    rows = weight_sync.measure(1, 1, 1, ["object store"])
+    assert [row["way"] for row in rows] == ["object store", "broadcast, gloo"]
+    assert rows[0]["MB"] == rows[1]["MB"] > 0.1 and all(row["sync_s"] > row["copy_s"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_what_overlap_hides_and_what_the_loop_costs_are_measured_on_sleeping_workers(ray_local):
+    roles = {"rollout": (0.1, 2), "reward": (0.0, 1), "learner": (0.2, 1)}
+    with sleepers("ray", roles) as run:
+        (apart, together), courses = overlap.measure(run, "tiny", 0.3, 4, 4)
+    assert apart["learn_s"] >= 0.3 and apart["s per iteration"] >= 0.4 and together["hidden"] < 1.5
+    assert len(overlap.draw(courses, range(4)).axes) == 2
+    row = many_workers.scheduling(2, 4, 0.05, 3)
+    assert row["nodes"] == 1 and row["s per iteration"] > row["of it sleep_s"] == 0.1
+    rows = many_workers.growth(1, 2, 12)
+    assert [row["iteration"] for row in rows] == [3, 6, 9, 10, 12] and rows[0]["grown by MB"] == 0
 
 
 def test_results_are_written_with_the_figures_that_they_reach(tmp_path, monkeypatch):

@@ -305,7 +305,7 @@ def test_a_worker_that_grows_is_replaced_and_what_it_returned_stays(ray_local: N
             fleet.broadcast("seen")
 
 
-def test_a_dead_rank_ends_the_fleet_and_is_named_though_the_other_ranks_hang(
+def test_a_dead_rank_ends_the_fleet_until_it_is_renewed_and_is_named_though_the_other_ranks_hang(
     ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_fleet, "GRACE_S", 0.5)
@@ -319,7 +319,12 @@ def test_a_dead_rank_ends_the_fleet_and_is_named_though_the_other_ranks_hang(
         assert fleet.restarts == 0
         with pytest.raises(FleetError, match=r"'learner' has ended: learner\[1\]"):
             fleet.submit("seen")
-    assert all(ends(pid) for pid in pids)
+        fleet.renew()
+        again = fetch(fleet.broadcast("load_weights", np.ones(1), 1))
+        assert not {*pids} & {*again} and fleet.restarts == 2
+        with pytest.raises(FleetError, match="'learner' has lost nobody"):
+            fleet.renew()
+    assert all(ends(pid) for pid in (*pids, *again))
 
 
 def test_fleets_work_side_by_side_while_the_driver_waits_for_one(five: Fleet, ray_local: None) -> None:

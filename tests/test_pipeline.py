@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
-from jobs_cases import small_run  # noqa: F401  (a fixture)
+import torch
+from jobs_cases import run_job, small_run  # noqa: F401  (a fixture)
+from safetensors.torch import load_file
 
 from benchmarks.common import read_config
 from benchmarks.sleepers import SleepingLearner, SleepingRollout, sleepers
@@ -92,6 +97,32 @@ def slept(backend: str, staleness: int, rollout: float = 0.0, reward: float = 0.
 def test_replays_reach_the_learner_with_the_version_that_is_due(staleness):
     updates = [note[2] for note in slept("inline", staleness) if note[0] == "update"]
     assert updates == [(max(0, i - staleness),) * 3 for i in range(4)]
+
+
+def test_after_a_resume_iterations_are_generated_by_the_weights_that_would_have_generated_them():
+    def versions(held: list[int]) -> list[int]:
+        settings = LoopSettings(0, 6, 3, 3, True, 5.0, False, 100, max_staleness=2)
+        with sleepers("inline", {"rollout": (0.0, 1), "reward": (0.0, 1), "learner": (0.0, 1)}) as run:
+            return [note[2][0] for note in run(settings, held) if note[0] == "update"]
+
+    assert versions([0]) == [0, 0, 0, 1, 2, 3]
+    assert versions([2, 3, 4]) == [2, 3] and versions([0, 1]) == [0, 0, 1, 2, 3]
+    assert versions([4]) == [4, 4]  # a checkpoint of a run that kept no earlier weights
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_a_resumed_run_equals_one_that_was_never_interrupted(small_run, tmp_path, staleness):  # noqa: F811
+    more = (f"async.max_staleness={staleness}", "tracking.uri=null", "learner.lr=0.003")
+
+    def weights_after(run: Path, *lives: int) -> dict[str, torch.Tensor]:
+        for iterations in lives:
+            assert run_job("train", *small_run, *more, f"run_dir={run}", f"train.iterations={iterations}") == 0
+        return load_file(run / f"checkpoints/step_{lives[-1]:06d}/policy.safetensors")
+
+    whole, resumed = weights_after(tmp_path / "whole", 4), weights_after(tmp_path / "resumed", 2, 4)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    lines = [json.loads(line) for line in (tmp_path / "resumed/metrics.jsonl").read_text().splitlines()]
+    assert [line["async/staleness"] for line in lines] == [min(i, staleness) for i in range(4)]
 
 
 def test_finished_chunks_are_judged_while_the_learner_is_at_work(ray_local):
