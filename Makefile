@@ -4,7 +4,7 @@ export OMP_NUM_THREADS ?= 1
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup train test test-fast lint format bench results chaos ui
+.PHONY: setup train test test-fast lint format bench results study chaos ui
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -35,6 +35,10 @@ bench: setup
 
 results: setup
 	$(BIN)/python -m benchmarks.seeds
+
+study: setup
+	$(BIN)/python -m benchmarks.signal
+	$(BIN)/python -m benchmarks.study
 
 chaos: setup
 	$(BIN)/python -m benchmarks.chaos

@@ -14,7 +14,16 @@ from collections.abc import Sequence
 
 from benchmarks.common import RESULTS, ROOT, table
 
-NAMES = ("iteration", "prefix", "one_forward", "kv_cache", "whole_loop", "overlap", "many_workers")
+NAMES = (
+    "iteration",
+    "prefix",
+    "one_forward",
+    "kv_cache",
+    "whole_loop",
+    "weight_sync",
+    "overlap",
+    "many_workers",
+)
 
 
 def choose(arguments: Sequence[str]) -> list[str]:

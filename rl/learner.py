@@ -341,7 +341,8 @@ class Learner:
         if not averaged and self.version in self.recent.packed:
             return self.recent.get(self.version)
         state = self._typed(self._state(averaged))
-        weights = pack(state, self.version) if self.rank == 0 else None
+        kept = self.recent.count > 0 and not averaged  # others are sent before the next update
+        weights = pack(state, self.version, copy=kept) if self.rank == 0 else None
         return weights if averaged else self.recent.add(self.version, weights)
 
     def save(self, path: str) -> int:

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 from jobs_cases import small_run  # noqa: F401  (a fixture)
 
-from benchmarks import common, iteration, kv_cache, many_workers, one_forward, overlap, prefix, run, whole_loop
+from benchmarks import (
+    common,
+    iteration,
+    kv_cache,
+    many_workers,
+    one_forward,
+    overlap,
+    prefix,
+    run,
+    weight_sync,
+    whole_loop,
+)
 from benchmarks.sleepers import sleepers
 from benchmarks.streaming import measure, table
 
@@ -68,6 +79,13 @@ def test_the_loop_on_ray_is_timed_beside_its_mathematics(small_run, ray_local): 
     rows = whole_loop.measure(1, *small_run, "cluster=local")
     assert [row["side"] for row in rows] == ["bare", "Ray"]
     assert all(row["cpu_s"] > 0 and row["wall_s"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_weights_reach_a_worker_and_the_way_is_timed_beside_a_copy(ray_local):
+    rows = weight_sync.measure(1, 1, 1, ["object store"])
+    assert [row["way"] for row in rows] == ["object store", "broadcast, gloo"]
+    assert rows[0]["MB"] == rows[1]["MB"] > 0.1 and all(row["sync_s"] > row["copy_s"] > 0 for row in rows)
 
 
 @pytest.mark.slow

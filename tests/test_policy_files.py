@@ -149,6 +149,39 @@ def test_packed_weights_do_not_follow_the_learner():
     assert digest(weights.arrays) == weights.digest != pack(learner.state_dict(), 1).digest
 
 
+def test_weights_that_changed_before_they_arrived_are_refused():
+    learner, worker = tiny_policy(), tiny_policy()
+    weights = pack(learner.state_dict(), 2, copy=False)
+    install(worker, weights)
+    with torch.no_grad():
+        next(iter(learner.net.parameters())).add_(1)
+    with pytest.raises(ValueError, match="weights of version 2 arrived damaged"):
+        install(worker, weights)
+
+
+def test_a_single_flipped_bit_is_found_wherever_it_is():
+    policy = tiny_policy()
+    weights = pack(policy.state_dict(), 0)
+    rng = np.random.default_rng(0)
+    for name, array in weights.arrays.items():
+        bits = array.copy().reshape(-1).view(np.uint8)
+        bits[rng.integers(bits.size)] ^= np.uint8(1 << rng.integers(8))
+        damaged = {**weights.arrays, name: bits.view(array.dtype).reshape(array.shape)}
+        with pytest.raises(ValueError, match="arrived damaged"):
+            install(policy, Weights(0, weights.digest, damaged))
+    assert install(policy, weights) == weights.digest
+
+
+def test_bfloat16_travels_in_16_bits_also_to_a_policy_of_float32():
+    learner, worker = tiny_policy(seed=1), tiny_policy()
+    learner.net.to(torch.bfloat16)
+    weights = pack(learner.state_dict(), 1)
+    assert {array.dtype for array in weights.arrays.values()} == {np.dtype(np.int16)}
+    assert install(worker, weights) == weights.digest
+    for name, own in worker.state_dict().items():
+        assert own.dtype == torch.float32 and torch.equal(own, learner.state_dict()[name].float())
+
+
 def test_the_digest_sees_every_value_and_every_name_but_not_the_order():
     arrays = pack(tiny_policy().state_dict(), 0).arrays
     assert digest(dict(reversed(arrays.items()))) == digest(arrays)
