@@ -63,7 +63,7 @@ class Holder:
         for p in self.policy.state_dict().values():
             p.add_(0.01)
 
-    def weights(self, averaged: bool) -> Weights:
+    def weights(self, averaged: bool, version: int | None) -> Weights:
         return pack(self.policy.state_dict(), self.version, copy=False)
 
     def load_weights(self, weights: Weights) -> str:

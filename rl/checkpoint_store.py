@@ -89,6 +89,8 @@ class Copy:
                 partial = checkpoint.partial_folder(root, name)
                 try:
                     for file in (*manifests[name]["files"], MANIFEST):
+                        if not (partial / file).resolve().is_relative_to(partial.resolve()):
+                            raise CheckpointError(f"its manifest names {file}, which lies outside of it")
                         (partial / file).parent.mkdir(parents=True, exist_ok=True)
                         self.files.get_file(f"{self.base}/{name}/{file}", str(partial / file))
                     checkpoint.verify(partial)

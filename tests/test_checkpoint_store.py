@@ -13,6 +13,7 @@ from jobs_cases import run_job, small_run  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
 from test_checkpoint import flip_a_bit, value, weights
 
+from rl import checkpoint
 from rl.checkpoint import CheckpointError, Retention, verify
 from rl.checkpoint_store import CheckpointStore
 
@@ -67,6 +68,19 @@ def test_a_damaged_copy_is_told_and_the_one_before_is_taken(store, there):
     folder, (told,) = other.resolve("auto")
     assert value(folder) == 20 and "step_000030 is passed over" in told
     assert names(other.root) == {"step_000020"}
+
+
+def test_a_manifest_that_names_files_elsewhere_is_passed_over(store, there):
+    path = there / "step_000030/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["digest"]
+    manifest["files"]["../../stolen"] = manifest["files"]["policy.safetensors"]
+    manifest["digest"] = checkpoint._digest(manifest)  # whoever writes one can do that too
+    path.write_text(json.dumps(manifest))
+    shutil.copy(there / "step_000030/policy.safetensors", there.parent / "stolen")
+    other = elsewhere(there)
+    folder, (told,) = other.resolve("auto")
+    assert value(folder) == 20 and "../../stolen, which lies outside of it" in told
 
 
 def test_a_copy_whose_manifest_did_not_arrive_is_none(store, there):

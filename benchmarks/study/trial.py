@@ -6,7 +6,6 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,11 +108,10 @@ class Training:
         return {name: float(np.nanmean([part[name] for part in parts])) for name in parts[0]}
 
 
-def run(trial: Trial, base: dict[str, float] | None = None, *more: str, strips: Path | None = None) -> dict[str, Any]:
+def run(trial: Trial, base: dict[str, float] | None = None, *more: str) -> dict[str, Any]:
     """Trains and measures: {"trial", "curve": [{"cpu_s", "iterations", metric: mean}, ...], "kl"}.
 
-    base: what the untrained policy measures on the same prompts, where that is known. strips: a folder for videos of
-    the policy at the end.
+    base: what the untrained policy measures on the same prompts, where that is known.
     """
     torch.set_num_threads(1)
     training = Training(trial, *more)
@@ -121,8 +119,4 @@ def run(trial: Trial, base: dict[str, float] | None = None, *more: str, strips: 
     for point in trial.points:
         training.train(point)
         curve.append({"cpu_s": training.cpu_s, "iterations": training.done, **training.measured()})
-    if strips:
-        np.savez_compressed(
-            strips / f"{trial.select}_{trial.explore}.npz", video=training.films(range(8_500, 8_503), 85)[1]
-        )
     return {"trial": asdict(trial), "curve": curve, "kl": training.stats["kl"]}
