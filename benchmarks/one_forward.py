@@ -36,14 +36,14 @@ def measure(select: str, members: int, prompts: int, repeats: int, *more: str) -
     groups, replays = parts.rollout(0)
     scores = parts.score(groups)
     split = [[one for replay in chunk for one in per_member(replay)] for chunk in replays]
-    gradients = []
-    for chunks in (replays, split):
+
+    def learn(chunks: list[list[Replay]]) -> torch.Tensor:
+        parts.learner.version = 0  # the same groups again, and again fresh
         parts.learn(chunks, scores)
-        gradients.append(parts.learner.engine.gradient)
-    once, many = gradients
-    seconds = alternate(
-        repeats, {"one": lambda: parts.learn(replays, scores), "many": lambda: parts.learn(split, scores)}
-    )
+        return parts.learner.engine.gradient
+
+    once, many = learn(replays), learn(split)
+    seconds = alternate(repeats, {"one": lambda: learn(replays), "many": lambda: learn(split)})
     return {"select": select, "members": members, "one forward_s": seconds["one"],
             "G forwards_s": seconds["many"], "ratio": seconds["many"] / seconds["one"],
             "gradients differ by": float((once - many).norm() / once.norm())}  # fmt: skip
