@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from hydra import compose, initialize_config_dir
 from jobs_cases import run_job, small_run  # noqa: F401  (a fixture)
 from omegaconf import OmegaConf
@@ -21,7 +22,7 @@ from reward_cases import WORLD, film
 from jobs.build import make_judges, validate
 from jobs.config import TrainConfig
 from rewards.contract import RewardError
-from rl.fleet import FleetError, closing, fetch
+from rl.fleet import FleetError, closing
 from rl.ray_fleet import ray_session
 from rollout.doctored import shifted
 from rollout.records import GroupRollout
@@ -113,7 +114,7 @@ def test_a_killed_a_hanging_a_leaking_and_a_raising_reward_lose_only_what_they_c
         judges.dry_run(WORLD.prompt("train", 0))
         begin = time.monotonic()
         found = collected(judges, work)
-        assert time.monotonic() - begin < 3 + 15
+        assert time.monotonic() - begin < 60  # half of the deadline of a reward that has none of its own
         restarts = {name: fleet.restarts for name, fleet in judges.fleets.items() if fleet.restarts}
         assert restarts == {"rewards.once": 1, "rewards.killed": 2, "rewards.hangs": 1}
         assert judges.fleets["rewards.leaks"].recycled >= 1 and judges.recycled >= 1 and judges.restarts == 4
@@ -201,7 +202,7 @@ def test_the_file_of_a_reward_goes_to_the_workers_with_the_job(tmp_path):
             fleet = judges.fleets["rewards.mine"]
             found = collected(judges, chunks(1))
             assert found.scores[0].frames["sibling"][0, -1] == 0.25
-            pid = fetch(fleet.replicas[0].actor.__ray_call__.remote(lambda self: os.getpid()))
+            pid = ray.get(fleet.replicas[0].actor.__ray_call__.remote(lambda self: os.getpid()), timeout=60)
             os.kill(pid, signal.SIGKILL)
             assert same(collected(judges, chunks(1)), found, ["mine"]) and fleet.restarts == 1
     finally:
