@@ -22,6 +22,7 @@ from rl.fleet import Fleet, FleetSpec, make_fleet
 from rl.judges import Judges
 from rl.learner import Learner, LearnerSettings, join
 from rl.loop import LoopSettings
+from rl.placement import STRATEGIES, reserved
 from rl.ray_fleet import ray_session
 from rl.reward_worker import RewardWorker
 from rl.rollout_worker import SyncedRolloutWorker
@@ -83,6 +84,10 @@ def validate(c: TrainConfig) -> Settings:
             f"tracking.register={c.tracking.register} (null: no) must have none of / : %, and needs tracking.uri",
         ),
         (c.train.grace_s > 0, f"train.grace_s={c.train.grace_s} must be above 0"),
+        (
+            c.cluster.placement in (None, *STRATEGIES),
+            f"cluster.placement={c.cluster.placement} must be {', '.join(STRATEGIES)} or null",
+        ),
         (c.cluster.stall_s > 0, f"cluster.stall_s={c.cluster.stall_s} must be above 0"),
         (0 <= c.cluster.fault_share < 1, f"cluster.fault_share={c.cluster.fault_share} must lie in [0, 1)"),
         (c.evaluate.prompts >= 1 and c.evaluate.batch >= 1, "evaluate.prompts and evaluate.batch must be at least 1"),
@@ -159,6 +164,13 @@ def session(c: TrainConfig) -> Iterator[None]:
         WATCHDOG.after_s = c.cluster.stall_s
         with ray_session(c.cluster.address):
             yield
+
+
+@contextmanager
+def places(c: TrainConfig) -> Iterator[None]:
+    """Those of `cluster.placement`, for all workers of a training."""
+    with reserved(list(fleet_specs(c).values()), c.cluster.placement if c.cluster.backend == "ray" else None):
+        yield
 
 
 def make_rollout_fleet(c: TrainConfig, settings: Settings) -> Fleet:

@@ -155,9 +155,12 @@ class RewardRoleConfig(RoleConfig):
 
 @dataclass
 class ClusterConfig:
+    """placement: null, colocated or apart; see `rl.placement`."""
+
     backend: str
     address: str
     fault_share: float
+    placement: str | None
     stall_s: float
     rollout: RoleConfig
     reward: RewardRoleConfig

@@ -16,6 +16,7 @@ from jobs.build import (
     make_judges,
     make_learner,
     make_rollout_fleet,
+    places,
     policy_source,
     session,
     term_weights,
@@ -65,6 +66,7 @@ def main(config: TrainConfig) -> None:
         Tracking.open(t.uri, t.experiment, manifest.get("mlflow_run_id"), params=values, tags=tags, required=t.required,
                       spool=folder.path / "tracking") as tracking,
         session(config),
+        places(config),
         monitoring(config.cluster.backend if t.uri and t.system_metrics else None) as system,
         closing(make_rollout_fleet(config, settings), make_judges(config), make_learner(config)) as parts,
     ):  # fmt: skip

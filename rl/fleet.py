@@ -2,7 +2,7 @@
 
 A fleet holds `replicas` objects made by one factory and runs their methods: `submit` gives a call to whichever replica
 is free, `broadcast` and `scatter` run it on every replica. Calls go in program order: a call sees the broadcasts issued
-before it and none issued after. Results are references (`ray.ObjectRef` on Ray, the objects themselves inline) that go
+before it and none issued after. Results are references (`Result` on Ray, the objects themselves inline) that go
 into other fleets' calls as they are, so that pixels and weights never pass through the driver; `fetch` gives values.
 
     fleet = make_fleet("ray", RolloutWorker, FleetSpec("rollout", replicas=2, timeout_s=60), args=(config,))
@@ -301,16 +301,44 @@ def as_completed(tasks: Iterable[Task]) -> Iterator[Task]:
             waiting[0].fleet.advance()
 
 
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A value that a call on Ray gave, in the object store; made: `rl.ray_fleet`'s account of the call."""
+
+    made: Any
+    index: int
+
+    @property
+    def reference(self) -> ray.ObjectRef:
+        return self.made.references[self.index]
+
+
+def is_lost(reference: ray.ObjectRef, timeout_s: float | None = None) -> bool:
+    """Whether no node holds the object any more."""
+    try:
+        ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.ObjectLostError:
+        return True
+    return False
+
+
 def fetch(reference: Any, timeout_s: float | None = 60.0) -> Any:
     """The value behind a reference; of a list or tuple the list of values, where plain values stay as they are.
 
-    Raises FleetError where a value does not arrive in time or is lost. Arrays come READ-ONLY from the object store.
+    What was lost with its node is made again. Raises FleetError where that is not possible, or a value does not arrive
+    in time. Arrays come READ-ONLY from the object store.
     """
     if not isinstance(reference, list | tuple):
         return fetch([reference], timeout_s)[0]
-    remote = [item for item in reference if isinstance(item, ray.ObjectRef)]
-    try:
-        values = iter(ray.get(remote, timeout=timeout_s) if remote else [])
-    except ray.exceptions.RayError as error:
-        raise FleetError(f"a result could not be fetched within {timeout_s} s: {str(error).splitlines()[0]}") from error
-    return [next(values) if isinstance(item, ray.ObjectRef) else item for item in reference]
+    results = [item for item in reference if isinstance(item, Result)]
+    values: list = []
+    while results and not values:
+        try:
+            values = ray.get([result.reference for result in results], timeout=timeout_s)
+        except ray.exceptions.ObjectLostError:
+            for making in [result.made.again() for result in results if is_lost(result.reference, timeout_s)]:
+                making.result()
+        except ray.exceptions.RayError as error:
+            cause = str(error).splitlines()[0]
+            raise FleetError(f"a result could not be fetched within {timeout_s} s: {cause}") from error
+    return [values.pop(0) if isinstance(item, Result) else item for item in reference]

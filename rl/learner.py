@@ -32,6 +32,7 @@ from rl.objective import (
     velocity_divergence,
 )
 from rl.rng import load_rng, save_rng
+from rl.safe_load import tensors_only
 from rl.shards import GATHERED, held, part_of, whole
 from rl.weights import Recent, Weights, pack
 from rollout.records import Replay
@@ -361,9 +362,15 @@ class Learner:
         return self.version
 
     def load(self, path: str) -> list[int]:
-        """Restores what `save` wrote; returns the versions of the weights that it has, its own last."""
+        """Restores what `save` wrote; returns the versions of the weights that it has, its own last. ValueError where
+        a file holds more than tensors."""
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
         root, s = Path(path), self.settings
-        _, client = self.engine.load_checkpoint(str(root / "learner"), tag="engine")
+        with tensors_only(LossScaler, ZeroStageEnum, fragment_address):
+            _, client = self.engine.load_checkpoint(str(root / "learner"), tag="engine")
         self.version = client["version"]
         load_rng(root / RNG.format(rank=self.rank))
         if s.kl_target:

@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from rl.fleet import Fault, Fleet, FleetError, FleetSpec, FleetSpecError, Task, fetch, follow_up, run_call
+from rl.fleet import Fault, Fleet, FleetError, FleetSpec, FleetSpecError, Result, Task, follow_up
+from rl.placement import seat
+from rl.ray_calls import Batch, Call, Made, Replica
+from rl.ray_host import BUILD, READY, RECEIVE, Host
 from rl.stall import WATCHDOG
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ GRACE_S = 5.0  # how long the other ranks of a failed call in lockstep may take 
 PATIENCE_S = 5.0  # without a place: look why, and say so
 POLL_S = 1.0  # without news: let the caller look around, such as whether it is asked to stop
 FLEET = "DRAGLINE_FLEET"  # environment variable of a worker process: the name of its fleet
-READY, BUILD = "__ready__", "__build__"
 _LIVE: list[RayFleet] = []
 
 
@@ -74,87 +74,6 @@ def ray_session(address: str = "local", num_cpus: int | None = None, object_stor
         ray.shutdown()
 
 
-@ray.remote
-class _Host:
-    """The actor: holds one plain object and reports what its methods raise, instead of raising it, because Ray replaces
-    exceptions by its own."""
-
-    def call(self, method: str, returns: int, *args: Any) -> tuple:
-        """(value 1, ..., value `returns`, (fault or None, private memory in bytes)): the fault last, because where a
-        value cannot be sent Ray has already stored what comes before it."""
-        # No limit of its own: the driver kills this process at the deadline of the call.
-        args = [fetch(arg, None) if isinstance(arg, list) else arg for arg in args]
-        outcome = run_call(self if method in (READY, BUILD) else self.worker, method, args, returns)
-        if isinstance(outcome, Fault):
-            return (*[None] * returns, (replace(outcome, exception=_portable(outcome.exception)), _private_bytes()))
-        return (*outcome, (None, _private_bytes()))
-
-    def __ready__(self) -> None:
-        """Answers as soon as the process is up, which tells a slow factory from a cluster without room."""
-
-    def __build__(self, build: Callable[[], Any]) -> None:
-        self.worker = build()
-
-
-def _private_bytes() -> int:
-    """Resident memory of this process that it shares with nobody: neither libraries nor the object store. 0 where the
-    system does not tell."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return 0
-    resident, shared = map(int, statm.read_text().split()[1:3])
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _portable(error: Exception | None) -> Exception | None:
-    """The exception if it is a user error (ValueError) that survives the way to another process, else None."""
-    try:
-        return pickle.loads(ray.cloudpickle.dumps(error)) if isinstance(error, ValueError) else None
-    except Exception:  # a class of its own may refuse in any way; the fault's text is enough then
-        return None
-
-
-@dataclass(eq=False)
-class _Call:
-    """One method call on one replica. task None: part of a replica's start. index: its place in the task's parts."""
-
-    method: str
-    args: Sequence
-    returns: int
-    timeout_s: float
-    task: Task | None = None
-    index: int = 0
-    losses: int = 0
-
-
-@dataclass(eq=False)
-class _Replica:
-    index: int
-    actor: ray.actor.ActorHandle
-    todo: deque[_Call]
-    failed_starts: int = 0
-    call: _Call | None = None
-    references: list[ray.ObjectRef] = field(default_factory=list)
-    started: float = 0.0
-    deadline: float = 0.0
-    warned: bool = False
-
-    def start(self, call: _Call) -> None:
-        method = self.actor.call.options(num_returns=call.returns + 1)
-        self.references = method.remote(call.method, call.returns, *call.args)
-        self.call, self.started = call, time.monotonic()
-        self.deadline = self.started + call.timeout_s
-
-
-@dataclass(eq=False)
-class _Batch:
-    """What the queue holds: a task with one call, or with one per replica. keep: see `Fleet.submit_all`."""
-
-    task: Task
-    calls: list[_Call]
-    keep: bool = False
-
-
 class RayFleet(Fleet):
     """See the module docstring. Where a worker cannot be started, whatever waits at that time raises: the worker's own
     ValueError, FleetSpecError if the cluster lacks the resources, else FleetError."""
@@ -162,27 +81,31 @@ class RayFleet(Fleet):
     def __init__(self, build: Callable[[], Any], spec: FleetSpec, on_restart: Callable[[Fault], None] | None) -> None:
         super().__init__(spec)
         self.on_restart = on_restart
-        self._place = _Call(READY, (), 1, spec.start_timeout_s)
-        self._build = _Call(BUILD, (build,), 1, spec.start_timeout_s)
-        self._kept: dict[str, list[_Call]] = {}
-        self._queue: deque[_Batch] = deque()
-        self._lockstep: _Batch | None = None
+        self._place = Call(READY, (), 1, spec.start_timeout_s)
+        self._build = Call(BUILD, (build,), 1, spec.start_timeout_s)
+        self._kept: dict[str, list[Call]] = {}
+        self._queue: deque[Batch] = deque()
+        self._lockstep: Batch | None = None
+        self._needy: list[Call] = []  # whose arguments are made again
         self.replicas = [self._spawn(i) for i in range(spec.replicas)]
         _LIVE.append(self)
 
     def submit(self, method: str, *args: Any, returns: int = 1) -> Task:
         task = Task(self, method, [None])
-        return self._enqueue(_Batch(task, [_Call(method, args, returns, self.spec.timeout_s, task)]))
+        return self.enqueue(Batch(task, [Call(method, args, returns, self.spec.timeout_s, task)]))
 
     def submit_all(self, method: str, rows: Sequence[tuple], keep: bool = False) -> Task:
         self.check_rows(method, rows)
         task = Task(self, method, [None] * len(rows), lockstep=True)
-        calls = [_Call(method, row, 1, self.spec.timeout_s, task, i) for i, row in enumerate(rows)]
-        return self._enqueue(_Batch(task, calls, keep))
+        calls = [Call(method, row, 1, self.spec.timeout_s, task, i) for i, row in enumerate(rows)]
+        return self.enqueue(Batch(task, calls, keep))
 
-    def _enqueue(self, batch: _Batch) -> Task:
+    def enqueue(self, batch: Batch, first: bool = False) -> Task:
         if self.loss:
             raise FleetError(f"fleet {self.spec.name!r} has ended: {self.loss.text}")
+        if first:
+            self._queue.appendleft(batch)
+            return batch.task
         self._queue.append(batch)
         self.dispatch()
         return batch.task
@@ -198,6 +121,7 @@ class RayFleet(Fleet):
             ray.kill(replica.actor)
         self.loss, self._lockstep = None, None
         self._kept.clear()
+        self._needy.clear()
         self.restarts += len(self.replicas)
         self.replicas = [self._spawn(i) for i in range(self.spec.replicas)]
 
@@ -212,10 +136,21 @@ class RayFleet(Fleet):
                 if call and call.task:
                     call.task.parts[call.index] = self.loss
             replica.call = None
+        for call in self._needy:
+            call.task.parts[call.index] = self.loss
+        self._needy.clear()
         self._fail_queue(self.loss)
 
     def dispatch(self) -> None:
         """Starts whatever may start now."""
+        for call in [call for call in self._needy if self.loss or all(task.done for task in call.needs)]:
+            self._needy.remove(call)
+            if fault := self.loss or next((task.fault for task in call.needs if task.fault), None):
+                self._settle(call, fault)
+            elif call.task.lockstep:
+                self.replicas[call.index].todo.append(call)
+            else:
+                self._queue.appendleft(Batch(call.task, [call]))
         for replica in self.replicas:
             if replica.call is None and replica.todo:
                 replica.start(replica.todo.popleft())
@@ -224,32 +159,65 @@ class RayFleet(Fleet):
             routable = [replica for replica in self.replicas if replica.call is None]
             if len(routable) < (len(self.replicas) if batch.task.lockstep else 1):
                 return
+            if self._receives_first(batch):
+                continue
             self._queue.popleft()
+            if batch.receiving and batch.receiving.fault:
+                batch.task.parts = [batch.receiving.fault] * len(batch.calls)
+                continue
             self._lockstep = batch if batch.task.lockstep else None
             for replica, call in zip(routable, batch.calls):
                 replica.start(call)
 
-    def collect(self, replica: _Replica) -> None:
+    def _receives_first(self, batch: Batch) -> bool:
+        """Ranks in lockstep wait for each other inside a call, so none may start while an argument of another can still
+        turn out lost: all receive theirs in a call before."""
+        if self.spec.replace or batch.receiving or not any(call.results for call in batch.calls):
+            return False
+        task = batch.receiving = Task(self, RECEIVE, [None] * len(batch.calls), lockstep=True)
+        receiving = [replace(call, method=RECEIVE, task=task) for call in batch.calls]
+        batch.calls = [replace(call, received=True) for call in batch.calls]
+        self._queue.appendleft(Batch(task, receiving, receiving=task))
+        return True
+
+    def collect(self, replica: Replica) -> None:
         """Takes what a replica's finished call gave."""
         call, (*values, status) = replica.call, replica.references
         replica.call, replica.references = None, []
         try:
-            fault, memory = ray.get(status, timeout=GRACE_S)
+            fault, memory, lost = ray.get(status, timeout=GRACE_S)
         except RayTaskError as error:  # a result that cannot be sent, an argument that cannot be received
             lines = str(error).strip().splitlines()
-            fault, memory = Fault("error", lines[-1], "\n".join(lines[-6:-1])), 0
+            fault, memory, lost = Fault("error", lines[-1], "\n".join(lines[-6:-1])), 0, []
         except RayError as error:
             cause = str(error).strip().splitlines()[-1].split(" Some common causes")[0]
             self.lose(replica, call, Fault("crash", f"the worker died: {cause}", str(error)))
             return
-        if fault is None:
-            self._settle(call, tuple(values))
+        if lost:
+            self._make_again(replica, call, lost)
+        elif fault is None and call.task:
+            made = call.made or Made(self, call)
+            made.references, made.making = values, None
+            self._settle(call, tuple(Result(made, i) for i in range(len(values))))
+        elif fault is None:
+            self._settle(call, ())
         else:
             self._settle(call, self.locate(fault, replica.index, call.method))
         if self.spec.memory_gb and memory > self.spec.memory_gb * 2**30:
             self._relieve(replica, call, memory / 2**30)
 
-    def check(self, replica: _Replica, now: float) -> None:
+    def _make_again(self, replica: Replica, call: Call, lost: Sequence[ray.ObjectRef]) -> None:
+        """Of a call's arguments what nobody has made again since; then the call gets its next chance."""
+        try:
+            if call.task is None:
+                raise FleetError("what a new worker needs was lost with its node")
+            call.needs = [result.made.again() for result in call.results if result.reference in lost]
+        except FleetError as error:
+            self._settle(call, self.locate(Fault("crash", str(error)), replica.index, call.method))
+        else:
+            self._needy.append(call)
+
+    def check(self, replica: Replica, now: float) -> None:
         """Gives up a replica whose call is past its deadline; tells early that one finds no place."""
         call, elapsed = replica.call, now - replica.started
         if call is None:
@@ -266,7 +234,7 @@ class RayFleet(Fleet):
             replica.call = None
             self.lose(replica, call, Fault("timeout", f"no result after {elapsed:.1f} s, the worker was killed"))
 
-    def lose(self, replica: _Replica, call: _Call, fault: Fault) -> None:
+    def lose(self, replica: Replica, call: Call, fault: Fault) -> None:
         """Ends a replica that died or hangs; if the spec says so, starts another and gives the call its next chance."""
         fault = self.locate(fault, replica.index, call.method)
         log.warning(fault.text)
@@ -275,9 +243,11 @@ class RayFleet(Fleet):
             self._fail_queue(fault)
         starting = call.task is None
         chances = self.spec.retries - (replica.failed_starts if starting else call.losses)
+        if call is self._place:
+            chances += 1  # it may have been sent to a node that was just lost
         if fault.kind == "timeout" and not starting and not self.spec.retry_timeouts:
             chances = 0
-        if not self.spec.replace or (starting and not chances):
+        if not self.spec.replace or (starting and chances <= 0):
             ray.kill(replica.actor)
             self._settle(call, fault)
             return
@@ -294,9 +264,9 @@ class RayFleet(Fleet):
         elif call.task.lockstep:
             new.todo.append(call)
         else:
-            self._queue.appendleft(_Batch(call.task, [call]))
+            self._queue.appendleft(Batch(call.task, [call]))
 
-    def _relieve(self, replica: _Replica, call: _Call, memory_gb: float) -> None:
+    def _relieve(self, replica: Replica, call: Call, memory_gb: float) -> None:
         """Replaces a replica that holds too much. What it returned stays: it is in the object store."""
         if call.method == BUILD:
             self.close()
@@ -311,14 +281,14 @@ class RayFleet(Fleet):
             self.recycled += 1
             self._renew(replica)
 
-    def _renew(self, replica: _Replica) -> _Replica:
+    def _renew(self, replica: Replica) -> Replica:
         """Kills a replica and starts another, which takes over what it still has to do."""
         ray.kill(replica.actor)
         new = self.replicas[replica.index] = self._spawn(replica.index)
         new.todo.extend(waiting for waiting in replica.todo if waiting.task)
         return new
 
-    def _settle(self, call: _Call, outcome: tuple | Fault) -> None:
+    def _settle(self, call: Call, outcome: tuple | Fault) -> None:
         if call.task is None:
             if isinstance(outcome, Fault):
                 self.close()
@@ -336,21 +306,22 @@ class RayFleet(Fleet):
                 self._kept[call.method] = [replace(kept, task=None) for kept in self._lockstep.calls]
             self._lockstep = None
 
-    def _spawn(self, index: int) -> _Replica:
+    def _spawn(self, index: int) -> Replica:
         given = dict(self.spec.runtime_env)
         environment = SINGLE_THREADED | {FLEET: self.spec.name} | given.get("env_vars", {}) | dict(self.spec.env)
         try:
-            options = _Host.options(
+            options = Host.options(
                 num_cpus=self.spec.num_cpus,
                 num_gpus=self.spec.num_gpus,
                 max_restarts=0,
+                scheduling_strategy=seat(self.spec.name, index),
                 runtime_env={**given, "env_vars": environment},
             )
         except (ValueError, TypeError) as error:
             raise FleetSpecError(f"fleet {self.spec.name!r}: runtime_env: {error}") from error
         actor = options.remote()
         kept = [calls[index] for calls in self._kept.values()]
-        return _Replica(index, actor, deque([self._place, self._build, *kept]))
+        return Replica(index, actor, deque([self._place, self._build, *kept]))
 
     @property
     def queued(self) -> int:

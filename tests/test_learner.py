@@ -216,6 +216,28 @@ def test_a_resumed_learner_goes_on_bit_for_bit(policy_path, experience, tmp_path
     assert distance(state(straight), state(fresh)) > 1e-5
 
 
+class Planted:
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Planted, "ran", True)
+
+
+def test_a_checkpoint_that_holds_code_is_refused_before_it_runs(policy_path, experience, tmp_path):
+    learner = alone(policy_path, zero_stage=2)
+    learner.update(*experience)
+    learner.save(str(tmp_path))
+    learner.load(str(tmp_path))
+    [path] = (tmp_path / "learner" / "engine").glob("*optim_states.pt")
+    kept = torch.load(path, weights_only=False)
+    torch.save({**kept, "note": Planted()}, path)
+    with pytest.raises(ValueError, match="more than tensors"):
+        learner.load(str(tmp_path))
+    assert not Planted.ran
+    torch.load(path, weights_only=False)
+    assert Planted.ran  # the trap is one
+
+
 def test_the_weights_that_leave_the_learner_arrive_with_the_same_digest(policy_path, experience):
     learner = alone(policy_path)
     first = learner.weights()
