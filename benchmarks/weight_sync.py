@@ -35,6 +35,8 @@ LORA = LoraSettings(16, 16.0, ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.pr
 WAYS = {"object store": ("float32", False), "object store, bfloat16": ("bfloat16", False),
         "object store, adapters alone": ("float32", True)}  # fmt: skip
 
+PAUSE_S, WARM = 1.2, 4  # Ray frees once a second what nobody holds: without a pause every sync is into fresh memory
+
 
 class Holder:
     """Either end: a policy of `layers` layers of 64 x heads. What learner and rollout worker do with their weights."""
@@ -123,11 +125,12 @@ def _row(name: str, size: int, ends: Sequence[Fleet], send: Callable[[], None], 
     source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
     total = lambda: time.process_time() + sum(fetch([end.broadcast("cpu_seconds")[0] for end in ends]))  # noqa: E731
     sent, copied = [], []
-    for _ in range(repeats + 2):  # two for the object store's memory to be there
+    for _ in range(repeats + WARM):
         fetch(ends[0].broadcast("update"))
+        time.sleep(PAUSE_S)
         sent.append(timed(send, total))
         copied.append(timed(lambda: np.copyto(target, source), time.process_time))
-    (cpu, wall), (copy_cpu, copy_wall) = (np.median(runs[2:], axis=0).tolist() for runs in (sent, copied))
+    (cpu, wall), (copy_cpu, copy_wall) = (np.median(runs[WARM:], axis=0).tolist() for runs in (sent, copied))
     return {"way": name, "MB": size / 1e6, "sync_s": wall, "copy_s": copy_wall, "sync cpu_s": cpu,
             "copy cpu_s": copy_cpu, "GB/s": size / 1e9 / wall, "copy / sync": copy_wall / wall,
             "copy / sync, CPU": copy_cpu / cpu}  # fmt: skip

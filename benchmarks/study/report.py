@@ -88,9 +88,16 @@ def _spread(values: np.ndarray) -> str:
     return f"{values.mean():+.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
 
 
+def _told_apart(arm: Arm) -> bool:
+    """Whether the net gain at the end is above twice its standard error over the seeds."""
+    net = arm.net[:, -1]
+    return len(net) > 1 and net.mean() > 2 * net.std(ddof=1) / len(net) ** 0.5
+
+
 def figures(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     """What the default gives against Flow-GRPO's way, and what the grouping and the subspace give of it: ratios of the
-    net gain per CPU-second at each point, and of the CPU-seconds for the same net gain."""
+    net gain per CPU-second at each point, and of the CPU-seconds for the same net gain. Arms that the seeds do not tell
+    apart from their controls are in no ratio."""
     found = []
     for better, worse, bound in (
         ("trunk + tangent", "all + white", ">= 3"),
@@ -99,7 +106,7 @@ def figures(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
         ("trunk + tangent", "trunk + white", ">= 1"),
         ("all + tangent", "all + white", ">= 1"),
     ):
-        if {better, worse} <= arms.keys():
+        if {better, worse} <= {name for name, arm in arms.items() if _told_apart(arm)}:
             for i in range(1, arms[better].net.shape[1]):
                 rates = [arms[name].net[:, i].mean() / arms[name].seconds[:, i].mean() for name in (better, worse)]
                 name = f"net gain per CPU-s, point {i}, {better} / {worse}"
