@@ -33,6 +33,10 @@ class Weights:
     digest: str
     arrays: Mapping[str, np.ndarray]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """In the types that were sent, on the arrays' memory; only to be read."""
+        return {name: _tensor(array) for name, array in self.arrays.items()}
+
 
 class Recent:
     """The weights of the last `count` versions and, once they are packed, the present ones: what groups under way are
@@ -86,7 +90,7 @@ def pack(state: Mapping[str, Tensor], version: int, copy: bool = True) -> Weight
 def install(policy: DragPolicy, weights: Weights) -> str:
     """Loads the weights and returns the digest of what the policy then holds, in the types that were sent; ValueError
     when it differs."""
-    sent = {name: _tensor(array) for name, array in weights.arrays.items()}
+    sent = weights.tensors()
     policy.load_state_dict(sent, "the learner's weights")
     held = digest({name: _array(own.to(sent[name].dtype)) for name, own in policy.state_dict().items()})
     if held != weights.digest:

@@ -121,8 +121,8 @@ def one_sided(source, experience, **changed) -> dict[str, torch.Tensor]:
 def disagreement(source, a, b) -> float:
     """Length of the difference of two updates relative to the first."""
     start = {name: p.float() for name, p in load_policy(source).state_dict().items()}
-    a, b = (w.arrays if isinstance(w, Weights) else w for w in (a, b))
-    flat = [torch.cat([(torch.as_tensor(w[k]) - start[k]).flatten() for k in start]) for w in (a, b)]
+    a, b = (w.tensors() if isinstance(w, Weights) else w for w in (a, b))
+    flat = [torch.cat([(w[k].float() - start[k]).flatten() for k in start]) for w in (a, b)]
     return ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
 
 

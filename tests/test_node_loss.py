@@ -156,6 +156,7 @@ def train(run: str, *overrides: str) -> None:
         killer.start()
         # The learner is where the GPU is: its loss is another matter.
         more = ("cluster=ray", "cluster.learner.num_cpus=0", "cluster.learner.num_gpus=1", f"run_dir={run}")
+        more += ("cluster.placement=apart",)  # so that some are on the second
         assert run_job("train", *overrides, *more) == 0
         killer.join()
 
