@@ -114,7 +114,7 @@ def test_a_killed_a_hanging_a_leaking_and_a_raising_reward_lose_only_what_they_c
         judges.dry_run(WORLD.prompt("train", 0))
         begin = time.monotonic()
         found = collected(judges, work)
-        assert time.monotonic() - begin < 60  # half of the deadline of a reward that has none of its own
+        assert time.monotonic() - begin < 3 + 15
         restarts = {name: fleet.restarts for name, fleet in judges.fleets.items() if fleet.restarts}
         assert restarts == {"rewards.once": 1, "rewards.killed": 2, "rewards.hangs": 1}
         assert judges.fleets["rewards.leaks"].recycled >= 1 and judges.recycled >= 1 and judges.restarts == 4
