@@ -145,9 +145,8 @@ def main() -> None:
         "From the learner's weights to a rollout worker on the same node that holds them, digests checked, against a "
         "plain copy of as many bytes in one process (numpy). Medians of 9, in turn."
     )
-    shares = {clock: rows[0][f"copy / sync{clock}"] for clock in ("", ", CPU")}
-    write("weight_sync", about, rows, [figure(f"object store, share of a copy's bandwidth{clock}", share, ">= 0.3")
-                                       for clock, share in shares.items()])  # fmt: skip
+    share = figure("object store, share of a copy's bandwidth", rows[0]["copy / sync"], ">= 0.3")
+    write("weight_sync", about, rows, [share])
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ class DragPolicy:
         if sum(settings.sizes) > positions:
             raise ValueError(f"frames={settings.frames} make more latent frames than the transformer's {positions}")
         self.settings, self.codec, self.lora = settings, codec.eval().requires_grad_(False), None
+        self.borrows = False  # its weights lie in memory that is not its own
         attention = settings.attention if isinstance(settings, WanSettings) else "dense"
         self.net = CausalWan(transformer, settings.window, settings.sink, settings.block, attention)
         self.control = control or MovedWindowControl(codec, settings.drag_window, settings.drag_sigma)
@@ -172,8 +173,22 @@ class DragPolicy:
         """The values of `weights`, which share their memory."""
         return {name: p.detach() for name, p in self.weights().items()}
 
+    def borrow(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Computes from now on with the given tensors themselves, in whatever memory they lie: they are not to change,
+        and this policy is not to be trained."""
+        own = self.weights()
+        check_fit(own, state, source)
+        for name, p in own.items():
+            p.data = state[name]
+        self.borrows = True
+
     def load_state_dict(self, state: Mapping[str, Tensor], source: str = "the given weights") -> None:
-        check_fit(self.state_dict(), state, source)
+        own = self.weights()
+        check_fit(own, state, source)
+        if self.borrows:
+            for p in own.values():
+                p.data = p.data.clone()
+            self.borrows = False
         if self.lora:
             load_lora(self.net.model, state)
         else:

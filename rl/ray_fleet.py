@@ -166,6 +166,8 @@ class RayFleet(Fleet):
                 batch.task.parts = [batch.receiving.fault] * len(batch.calls)
                 continue
             self._lockstep = batch if batch.task.lockstep else None
+            if self._lockstep is None:  # in turn, so that none is dead for long before anyone knows
+                routable.sort(key=lambda replica: replica.started)
             for replica, call in zip(routable, batch.calls):
                 replica.start(call)
 

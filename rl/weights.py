@@ -1,7 +1,7 @@
 """Weights on their way from the learner to the rollout workers, with a version and a digest that the receiver checks.
 
-They travel as they are stored: the adapters alone with LoRA, bfloat16 in 16 bits. On the way memory is copied twice,
-into the object store and out of it, and read twice, for the digests of what was sent and of what arrived.
+They travel as they are stored: the adapters alone with LoRA, bfloat16 in 16 bits. On the way memory is copied once,
+into the object store (and from there to a GPU), and read twice, for the digests of what was sent and of what arrived.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Weights:
 
     def tensors(self) -> dict[str, Tensor]:
         """In the types that were sent, on the arrays' memory; only to be read."""
-        return {name: _tensor(array) for name, array in self.arrays.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return {name: _tensor(array) for name, array in self.arrays.items()}
 
 
 class Recent:
@@ -88,10 +90,16 @@ def pack(state: Mapping[str, Tensor], version: int, copy: bool = True) -> Weight
 
 
 def install(policy: DragPolicy, weights: Weights) -> str:
-    """Loads the weights and returns the digest of what the policy then holds, in the types that were sent; ValueError
-    when it differs."""
-    sent = weights.tensors()
-    policy.load_state_dict(sent, "the learner's weights")
+    """Gives the policy the weights and returns the digest of what it then holds, in the types that were sent;
+    ValueError when it differs.
+
+    What lies in the object store never changes: the policies of a node compute on it, where it is as they need it.
+    Anything else is copied.
+    """
+    sent, own = weights.tensors(), policy.weights()
+    final = not any(array.flags.writeable for array in weights.arrays.values())
+    alike = all((own[k].dtype, own[k].device) == (v.dtype, v.device) for k, v in sent.items() if k in own)
+    (policy.borrow if final and alike else policy.load_state_dict)(sent, "the learner's weights")
     held = digest({name: _array(own.to(sent[name].dtype)) for name, own in policy.state_dict().items()})
     if held != weights.digest:
         raise ValueError(f"weights of version {weights.version} arrived damaged: {held} instead of {weights.digest}")
@@ -104,7 +112,7 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     """
     h = hashlib.blake2b(digest_size=16)
     for name in sorted(arrays):
-        h.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        h.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode())
         data = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
         whole = data.size // 8 * 8
         words = data[:whole].view(np.uint64)
@@ -121,8 +129,5 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """On the array's own memory; only to be read, as the object store's is."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if array.dtype == np.int16 else tensor

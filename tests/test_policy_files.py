@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,47 @@ def test_weights_that_changed_before_they_arrived_are_refused():
         next(iter(learner.net.parameters())).add_(1)
     with pytest.raises(ValueError, match="weights of version 2 arrived damaged"):
         install(worker, weights)
+
+
+def read_only(weights: Weights) -> Weights:
+    """As they come from the object store."""
+    arrays = {name: array.copy() for name, array in weights.arrays.items()}
+    for array in arrays.values():
+        array.flags.writeable = False
+    return replace(weights, arrays=arrays)
+
+
+def places(policy) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in policy.state_dict().items()}
+
+
+def test_weights_that_cannot_change_are_used_where_they_lie_and_others_are_copied():
+    learner, workers = tiny_policy(), [tiny_policy(), tiny_policy()]
+    learner.load_state_dict(tiny_policy(seed=1).state_dict())
+    weights = read_only(pack(learner.state_dict(), 3))
+    for worker in workers:
+        assert install(worker, weights) == weights.digest
+        np.testing.assert_array_equal(film(learner), film(worker))
+    assert places(workers[0]) == places(workers[1]) == {k: a.ctypes.data for k, a in weights.arrays.items()}
+    own = tiny_policy()
+    before = places(own)
+    install(own, pack(learner.state_dict(), 3))
+    assert places(own) == before
+
+
+def test_a_policy_on_borrowed_weights_takes_its_own_memory_before_it_writes():
+    policy, lent = tiny_policy(), read_only(pack(tiny_policy(seed=1).state_dict(), 1))
+    install(policy, lent)
+    install(policy, weights := pack(tiny_policy(seed=2).state_dict(), 2))
+    assert digest(lent.arrays) == lent.digest and digest(pack(policy.state_dict(), 2).arrays) == weights.digest
+    assert not {*places(policy).values()} & {array.ctypes.data for array in lent.arrays.values()}
+
+
+def test_weights_of_another_type_are_not_borrowed():
+    learner, worker = tiny_policy(seed=1), tiny_policy()
+    learner.net.to(torch.bfloat16)
+    install(worker, read_only(pack(learner.state_dict(), 1)))
+    assert not worker.borrows and worker.state_dict().popitem()[1].dtype == torch.float32
 
 
 def test_a_single_flipped_bit_is_found_wherever_it_is():

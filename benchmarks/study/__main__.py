@@ -8,9 +8,9 @@ from benchmarks.study.report import write_report
 
 
 def main() -> None:
-    store = Store(RESULTS / "study.jsonl")
-    study(store)
-    print(write_report(store.runs, RESULTS))
+    path = RESULTS / "study.jsonl"
+    study(path)
+    print(write_report(Store(path).runs, RESULTS))
 
 
 if __name__ == "__main__":

@@ -1,53 +1,59 @@
 """What the study runs, in which order, and what it remembers: one JSON line per finished run.
 
-The learning rate of every arm is searched alike, on dev prompts. What was best trains three seeds, measured on held-out
-prompts of their own. Large steps in any direction can undo the base's lag by chance, so that every run has a control
-beside it, whose advantages go to random members of their group, and it is the difference that is searched.
+The learning rate and the stiffness of every arm are searched alike, on dev prompts, for the highest gain on average
+over two seeds. What was best trains three other seeds, measured on held-out prompts of their own. Large steps in any
+direction can undo the base's lag by chance, so that each of these has a control beside it, whose advantages go to
+random members of their group.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study.trial import Trial, run
 
 TRACKERS = ("track_error_px", "canary/track_error_px")
-STIFFNESS = 4.0
+LR, STIFFNESS = 1e-3, 4.0  # where the searches begin
+STEPS = {"lr": 10**0.5, "stiffness": 4.0}  # and the factors by which they go up and down
 AMPLITUDES = {"tangent": 14.0, "coarse": 4.0, "white": 2.0}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """stages: of arms (select, explore); each is finished before the next begins. tuning_s, points: CPU-seconds of a
-    run on dev prompts, and of one on held-out prompts. dev, heldout: numbers of prompts.
+    """arms: (select, explore), in the order in which they are begun, `workers` of them side by side. points:
+    CPU-seconds after which a run on held-out prompts is measured; one on dev prompts only at the last. prompts: of an
+    iteration. dev, heldout: numbers of measured prompts. tuning, seeds: of the trainings.
     """
 
-    stages: tuple[tuple[tuple[str, str], ...], ...]
-    tuning_s: float
+    arms: tuple[tuple[str, str], ...]
     points: tuple[float, ...]
+    prompts: int
     dev: int
     heldout: int
-    seeds: tuple[int, ...]
+    tuning: tuple[int, ...] = (1_000, 1_001)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    workers: int = 1
 
 
 PLAN = Plan(
-    stages=(
-        (("trunk", "tangent"), ("all", "white")),
-        (("all", "tangent"), ("trunk", "white")),
-        (("video", "tangent"), ("video", "white")),
-        (("frame", "tangent"), ("frame", "white")),
-        (("trunk", "coarse"), ("all", "coarse"), ("video", "coarse"), ("frame", "coarse")),
+    arms=(
+        ("trunk", "tangent"), ("all", "white"), ("all", "tangent"), ("trunk", "white"),
+        ("video", "tangent"), ("frame", "tangent"), ("video", "white"), ("frame", "white"),
+        ("trunk", "coarse"), ("all", "coarse"), ("video", "coarse"), ("frame", "coarse"),
     ),
-    tuning_s=10.0,
-    points=(5.0, 10.0),
-    dev=16,
-    heldout=24,
-    seeds=(0, 1, 2),
-)
+    points=(10.0, 20.0, 40.0),
+    prompts=2,
+    dev=24,
+    heldout=32,
+    workers=2,
+)  # fmt: skip
 
 
 class Store:
@@ -85,27 +91,42 @@ def gain(found: dict[str, Any], point: int = -1) -> float:
 
 
 def search(store: Store, plan: Plan, select: str, explore: str) -> Trial:
-    """The learning rate with the highest gain above its control, on dev prompts: up or down from 1e-3 as long as it
-    gets better."""
+    """The settings with the highest gain on dev prompts: each is moved up, else down, as long as that is better."""
 
     def value(trial: Trial) -> float:
-        return gain(store.run(trial)) - gain(store.run(replace(trial, permute=True)))
+        return statistics.mean(gain(store.run(replace(trial, seed=seed))) for seed in plan.tuning)
 
-    best = Trial(select, explore, 1e-3, STIFFNESS, AMPLITUDES[explore], 1, 8, 1_000, (plan.tuning_s,), "dev", plan.dev)
-    first, highest = best, value(best)
-    for factor in (10**0.5, 10**-0.5):
-        while (found := value(trial := replace(best, lr=float(f"{best.lr * factor:.2g}")))) > highest:
-            best, highest = trial, found
-        if best is not first:
-            break
+    best = Trial(select, explore, LR, STIFFNESS, AMPLITUDES[explore], plan.prompts, 8, plan.tuning[0], plan.points[-1:],
+                 "dev", plan.dev)  # fmt: skip
+    highest = value(best)
+    for name, step in STEPS.items():
+        first = best
+        for factor in (step, 1 / step):
+            while (found := value(trial := replace(best, **{name: _rounded(getattr(best, name) * factor)}))) > highest:
+                best, highest = trial, found
+            if best is not first:
+                break
     return best
 
 
-def study(store: Store, plan: Plan = PLAN) -> None:
-    for arms in plan.stages:
-        tuned = [search(store, plan, *arm) for arm in arms]
-        for seed in plan.seeds:
-            for best in tuned:
-                final = replace(best, seed=seed, points=plan.points, split="heldout", measured_on=plan.heldout)
-                store.run(final)
-                store.run(replace(final, permute=True))
+def _rounded(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+def study_arm(store: Store, plan: Plan, select: str, explore: str) -> None:
+    best = search(store, plan, select, explore)
+    for seed in plan.seeds:
+        final = replace(best, seed=seed, points=plan.points, split="heldout", measured_on=plan.heldout)
+        store.run(final)
+        store.run(replace(final, permute=True))
+
+
+def _in_process(path: Path, plan: Plan, arm: tuple[str, str]) -> None:
+    study_arm(Store(path), plan, *arm)
+
+
+def study(path: Path, plan: Plan = PLAN) -> None:
+    """All arms; each has its own process and none waits for another."""
+    with ProcessPoolExecutor(plan.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for done in [pool.submit(_in_process, path, plan, arm) for arm in plan.arms]:
+            done.result()

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks.common import figure, table
 from benchmarks.study.order import TRACKERS, gain
 
-LEVEL = 0.3  # of gain above the control, whose price in CPU-seconds is compared
+LEVEL = 0.3  # of gain, whose price in CPU-seconds is compared
 SHOWN = {"track error, px": TRACKERS[0], "canary, px": TRACKERS[1], "PSNR, dB": "canary/psnr_db",
          "sharpness": "sharpness"}  # fmt: skip
 
@@ -36,9 +36,10 @@ class Arm:
         return _gains(self.runs)
 
     @property
-    def net(self) -> np.ndarray:
-        """Gains above the control's."""
-        return _gains(self.runs) - _gains(self.controls)
+    def learns(self) -> bool:
+        """Whether the gain is above the control's at the end by twice the standard error of that over the seeds."""
+        above = (self.gains - _gains(self.controls))[:, -1]
+        return len(above) > 1 and above.mean() > 2 * _error(above)
 
     def mean(self, key: str, point: int, control: bool = False) -> float:
         return float(np.mean([one["curve"][point][key] for one in (self.controls if control else self.runs)]))
@@ -46,6 +47,11 @@ class Arm:
 
 def _gains(runs: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array([[gain(one, i) for i in range(len(one["curve"]))] for one in runs])
+
+
+def _error(values: np.ndarray) -> float:
+    """Standard error of the mean."""
+    return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 def by_arm(runs: Sequence[dict[str, Any]]) -> dict[str, Arm]:
@@ -56,15 +62,15 @@ def by_arm(runs: Sequence[dict[str, Any]]) -> dict[str, Arm]:
             found[f"{trial['select']} + {trial['explore']}"][trial["seed"]][trial["permute"]] = one
     pairs = {name: [pair for pair in seeds.values() if len(pair) == 2] for name, seeds in found.items()}
     arms = {name: Arm([p[False] for p in own], [p[True] for p in own]) for name, own in pairs.items() if own}
-    return dict(sorted(arms.items(), key=lambda item: -item[1].net[:, 1].mean()))
+    return dict(sorted(arms.items(), key=lambda item: -item[1].gains[:, -1].mean()))
 
 
 def price(arm: Arm, level: float = LEVEL) -> float:
-    """CPU-seconds after which the mean of the net gain is this high, linearly between points; inf where it never is."""
-    seconds, net = arm.seconds.mean(0), arm.net.mean(0)
-    for i in range(1, len(net)):
-        if net[i] >= level:
-            return float(np.interp(level, net[i - 1 : i + 1], seconds[i - 1 : i + 1]))
+    """CPU-seconds after which the mean gain is this high, linearly between points; inf where it never is."""
+    seconds, gains = arm.seconds.mean(0), arm.gains.mean(0)
+    for i in range(1, len(gains)):
+        if gains[i] >= level:
+            return float(np.interp(level, gains[i - 1 : i + 1], seconds[i - 1 : i + 1]))
     return float("inf")
 
 
@@ -72,11 +78,11 @@ def rows(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     found = []
     for name, arm in arms.items():
         trial = arm.runs[0]["trial"]
-        row = {"select + explore": name, "lr": trial["lr"], "seeds": len(arm.runs)}
-        for i in range(1, arm.net.shape[1]):
-            row[f"CPU-s {i}"] = float(arm.seconds[:, i].mean())
-            for what, values in (("gain", arm.gains), ("control", _gains(arm.controls)), ("net", arm.net)):
-                row[f"{what} {i}"] = _spread(values[:, i])
+        row = {"select + explore": name, "lr": trial["lr"], "stiffness": trial["stiffness"], "seeds": len(arm.runs)}
+        for i, point in enumerate(trial["points"], 1):
+            row[f"gain at {point:g} s"] = _spread(arm.gains[:, i])
+        row[f"control at {point:g} s"] = _spread(_gains(arm.controls)[:, -1])
+        row["learns"] = "yes" if arm.learns else "not shown"
         row["iterations"] = round(np.mean([one["curve"][-1]["iterations"] for one in arm.runs]))
         row |= {title: f"{arm.mean(key, 0):.2f} → {arm.mean(key, -1):.2f} (control {arm.mean(key, -1, True):.2f})"
                 for title, key in SHOWN.items()}  # fmt: skip
@@ -88,16 +94,10 @@ def _spread(values: np.ndarray) -> str:
     return f"{values.mean():+.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
 
 
-def _told_apart(arm: Arm) -> bool:
-    """Whether the net gain at the end is above twice its standard error over the seeds."""
-    net = arm.net[:, -1]
-    return len(net) > 1 and net.mean() > 2 * net.std(ddof=1) / len(net) ** 0.5
-
-
 def figures(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     """What the default gives against Flow-GRPO's way, and what the grouping and the subspace give of it: ratios of the
-    net gain per CPU-second at each point, and of the CPU-seconds for the same net gain. Arms that the seeds do not tell
-    apart from their controls are in no ratio."""
+    gain per CPU-second at each point, and of the CPU-seconds for the same gain. Where the seeds do not tell the worse
+    one's gain from nothing, its mean and two standard errors stand for it: the ratio is at least that."""
     found = []
     for better, worse, bound in (
         ("trunk + tangent", "all + white", ">= 3"),
@@ -106,13 +106,20 @@ def figures(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
         ("trunk + tangent", "trunk + white", ">= 1"),
         ("all + tangent", "all + white", ">= 1"),
     ):
-        if {better, worse} <= {name for name, arm in arms.items() if _told_apart(arm)}:
-            for i in range(1, arms[better].net.shape[1]):
-                rates = [arms[name].net[:, i].mean() / arms[name].seconds[:, i].mean() for name in (better, worse)]
-                name = f"net gain per CPU-s, point {i}, {better} / {worse}"
-                found.append(figure(name, float(rates[0] / rates[1]), bound))
-            ratio = price(arms[worse]) / price(arms[better])
-            found.append(figure(f"CPU-s to a net gain of {LEVEL:g}, {worse} / {better}", ratio, bound))
+        if not {better, worse} <= arms.keys() or not arms[better].learns:
+            continue
+        more, less = arms[better], arms[worse]
+        for i, point in enumerate(more.runs[0]["trial"]["points"], 1):
+            gains = less.gains[:, i]
+            sure = len(gains) > 1 and gains.mean() > 2 * _error(gains)
+            most = gains.mean() if sure else gains.mean() + 2 * _error(gains)
+            rates = [gain / arm.seconds[:, i].mean() for gain, arm in ((more.gains[:, i].mean(), more), (most, less))]
+            ratio = float(rates[0] / rates[1]) if most > 0 else float("inf")
+            name = f"gain per CPU-s at {point:g} s, {better} / {worse}{'' if sure else ', at least'}"
+            found.append(figure(name, ratio, bound))
+        if np.isfinite(price(more)):
+            name = f"CPU-s to a gain of {LEVEL:g}, {worse} / {better}"
+            found.append(figure(name, price(less) / price(more), bound))
     return found
 
 
@@ -123,7 +130,7 @@ def _dev(run: dict[str, Any]) -> bool:
 def tried(run: dict[str, Any]) -> dict[str, Any]:
     """A row of the search."""
     trial, end = run["trial"], run["curve"][-1]
-    settings = {name: trial[name] for name in ("lr", "permute")}
+    settings = {name: trial[name] for name in ("lr", "stiffness", "seed")}
     return {"select + explore": f"{trial['select']} + {trial['explore']}", **settings, "gain": gain(run),
             "PSNR, dB": end["canary/psnr_db"], "sharpness": end["sharpness"],
             "iterations": end["iterations"]}  # fmt: skip
@@ -145,11 +152,12 @@ def plot(arms: Mapping[str, Arm], path: Path) -> None:
 
 
 ABOUT = """Held-out gain per CPU-second: the share by which the two track errors have fallen, on average; the second
-tracker rewards nobody. Control: the same run with the advantages given to random members of their group; net: the
-gain above it. Every `select` + `explore` has its own learning rate, found by the same search for the highest net gain
-on dev prompts. Alike for all: one prompt per iteration, a group of 8, a learning rate that falls to 0 at the end, the
-time embedding trained, and a divergence weighed by 4 / sqrt(dimensions of an action). Held-out prompts are the seed's
-own. CPU time is that of rollout, rewards and learner in one process; mean ± standard deviation over the seeds.
+tracker rewards nobody. Control: the same run with the advantages given to random members of their group; an arm learns
+if its seeds are above their controls by more than two standard errors. Every `select` + `explore` has a learning rate
+and a stiffness (the weight of the divergence times sqrt(dimensions of an action)) of its own, found by the same search
+for the highest gain on dev prompts, on average over two seeds. Alike for all: two prompts per iteration, groups of 8, a
+learning rate that falls to 0 at the end, the time embedding trained. Held-out prompts are the seed's own. CPU time is
+that of rollout, rewards and learner in one process; mean ± standard deviation over the seeds.
 """
 
 
@@ -162,7 +170,7 @@ def write_report(runs: Sequence[dict[str, Any]], folder: Path) -> str:
     parts = [ABOUT, "![gain over CPU-seconds](study.png)\n", table(rows(arms))]
     if compared := figures(arms):
         parts.append(table(compared))
-    parts += ["The search, one run each on dev prompts:\n", table([tried(one) for one in runs if _dev(one)])]
+    parts += ["The search, on dev prompts:\n", table([tried(one) for one in runs if _dev(one)])]
     text = "\n".join(parts)
     (folder / "study.md").write_text(text)
     return text
