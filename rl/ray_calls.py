@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from rl.fleet import FleetError, Result, Task
+from rl.ray_host import flat, mapped
 
 if TYPE_CHECKING:
     from rl.ray_fleet import RayFleet
@@ -43,8 +44,7 @@ class Call:
     @property
     def results(self) -> list[Result]:
         """Those among its arguments."""
-        items = (item for arg in self.args for item in (arg if isinstance(arg, list) else [arg]))
-        return [item for item in items if isinstance(item, Result)]
+        return [item for item in flat(self.args) if isinstance(item, Result)]
 
 
 class Made:
@@ -109,5 +109,4 @@ class Batch:
 
 def sent(args: Sequence) -> list:
     """Arguments as Ray takes them. In a list, so that the worker fetches them itself and can tell which one is lost."""
-    of = lambda item: item.reference if isinstance(item, Result) else item  # noqa: E731
-    return [[of(item) for item in arg] if isinstance(arg, list) else of(arg) for arg in args]
+    return mapped(lambda item: item.reference if isinstance(item, Result) else item, args)

@@ -258,6 +258,9 @@ class RayFleet(Fleet):
             self.on_restart(fault)
         new = self._renew(replica)
         new.failed_starts = replica.failed_starts + starting
+        for idle in self.replicas:  # it may have died with this one: the call's next chance waits until that is known
+            if idle.call is None and not idle.todo:
+                idle.todo.append(self._place)
         if starting:
             return
         call.losses += 1

@@ -52,15 +52,24 @@ class Host:
         self.received = args
 
 
+def flat(args: Sequence) -> list:
+    """The arguments, and the items of those that are lists."""
+    return [item for arg in args for item in (arg if isinstance(arg, list) else [arg])]
+
+
+def mapped(of: Callable[[Any], Any], args: Sequence) -> list:
+    """The arguments with of(item) for each of `flat`."""
+    return [[of(item) for item in arg] if isinstance(arg, list) else of(arg) for arg in args]
+
+
 def receive(args: Sequence) -> tuple[list, list[ray.ObjectRef]]:
     """The arguments with values in the place of references, and the references that no node holds any more."""
-    references = [r for arg in args for r in (arg if isinstance(arg, list) else [arg]) if isinstance(r, ray.ObjectRef)]
+    references = [item for item in flat(args) if isinstance(item, ray.ObjectRef)]
     try:
         values = dict(zip(references, ray.get(references)))
     except ObjectLostError:
         return [], [reference for reference in references if is_lost(reference)]
-    of = lambda item: values[item] if isinstance(item, ray.ObjectRef) else item  # noqa: E731
-    return [[of(item) for item in arg] if isinstance(arg, list) else of(arg) for arg in args], []
+    return mapped(lambda item: values[item] if isinstance(item, ray.ObjectRef) else item, args), []
 
 
 def _private_bytes() -> int:
