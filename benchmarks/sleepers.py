@@ -76,7 +76,7 @@ def sleepers(backend: str, roles: Roles, rollout_cpus: float = 0.0) -> Iterator[
     for the roles that are named; returns the notes in the order of beginning."""
     from rl.advantage import TermWeight
     from rl.judges import Judges
-    from rl.loop import train
+    from rl.loop import Clock, train
     from rl.pipeline import Fleets
 
     kinds = {"rollout": SleepingRollout, "reward": SleepingJudge, "learner": SleepingLearner}
@@ -91,7 +91,7 @@ def sleepers(backend: str, roles: Roles, rollout_cpus: float = 0.0) -> Iterator[
         def run(settings, held=(0,), log=lambda *_: None, **other: float) -> list[tuple]:
             for fleet, (name, (seconds, _)) in zip(made, roles.items()):
                 fleet.broadcast("begin", other.get(name, seconds))
-            train(fleets, {TERM: TermWeight(1.0, 0.01)}, settings, held, log, lambda _: None, lambda _: False)
+            train(fleets, {TERM: TermWeight(1.0, 0.01)}, settings, held, log, lambda _: None, lambda _: False, Clock())
             notes = [note for fleet in made for part in fetch(fleet.broadcast("notes")) for note in part]
             return sorted(notes, key=lambda note: note[-2])
 

@@ -23,7 +23,7 @@ import torch
 from benchmarks.common import Bare, figure, write
 from jobs.build import loop_settings, make_judges, make_learner, make_rollout_fleet, policy_source, term_weights
 from rl.fleet import closing
-from rl.loop import train
+from rl.loop import Clock, train
 from rl.pipeline import Fleets
 from rl.ray_fleet import ray_session
 from rl.tracking import Tracking
@@ -63,7 +63,8 @@ def measure(repeats: int, *overrides: str) -> list[dict[str, Any]]:
         for i in range(repeats + 1):
             settings = replace(loop_settings(c), iterations=i + 1)
             seen["Ray"].append(
-                timed(lambda: train(fleets, term_weights(c), settings, [i], log, lambda step: None, lambda step: False),  # noqa: B023
+                timed(lambda: train(fleets, term_weights(c), settings, [i], log, lambda step: None, lambda step: False,  # noqa: B023
+                                    Clock()),
                       tree_cpu_seconds)
             )  # fmt: skip
             seen["bare"].append(timed(lambda: bare.iteration(i), time.process_time))  # noqa: B023

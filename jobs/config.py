@@ -200,8 +200,8 @@ class EvaluateConfig:
 class LoopConfig:
     """keep_checkpoints: how many of those saved last stay, besides every `keep_every`-th step (null: none) and the best
     on held-out prompts. checkpoint_url: where they are copied to, anything that fsspec writes; null = nowhere.
-    max_recoveries: how often a lost learner is made anew. grace_s: from SIGTERM or SIGINT until the process ends,
-    whatever it still does.
+    max_recoveries: how often the job goes back to its last checkpoint, where the learner or results are lost for good.
+    grace_s: from SIGTERM or SIGINT until the process ends, whatever it still does.
     """
 
     iterations: int

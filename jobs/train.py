@@ -26,7 +26,7 @@ from jobs.cli import ConfigError, job
 from jobs.config import TrainConfig
 from jobs.resume import changes
 from policy.lora import merge_own_lora
-from policy.policy import load_policy
+from policy.policy import Settings, load_policy
 from policy.wan_formats import write_wan
 from rl import checkpoint
 from rl.checkpoint_store import CheckpointStore
@@ -43,7 +43,11 @@ from rl.tracking import Tracking
 @job("train", TrainConfig)
 def main(config: TrainConfig) -> None:
     settings = validate(config)
-    folder = RunFolder.at(config.run_dir, "train")
+    with (folder := RunFolder.at(config.run_dir, "train")).taken():
+        train(config, settings, folder)
+
+
+def train(config: TrainConfig, settings: Settings, folder: RunFolder) -> None:
     e, t, kept = config.evaluate, config.tracking, config.train
     retention = checkpoint.Retention(kept.keep_checkpoints, kept.keep_every)
     store = CheckpointStore(folder.checkpoints, retention, kept.checkpoint_url)

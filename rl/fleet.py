@@ -29,11 +29,15 @@ import ray
 
 from rl.stop import check
 
-SEVERITY = ("crash", "error", "timeout")  # of several ranks' faults the first kind is the cause of the others
+SEVERITY = ("lost", "crash", "error", "timeout")  # of several ranks' faults the first kind is the cause of the others
 
 
 class FleetError(RuntimeError):
     """A call failed for good or a worker cannot be brought back; the message names fleet, replica and method."""
+
+
+class ResultLost(FleetError):
+    """A result went with its node, and the call that gave it does not give it again: its worker has moved on."""
 
 
 class FleetSpecError(ValueError):
@@ -82,16 +86,20 @@ class FleetSpec:
 class Fault:
     """Why a call has no result.
 
-    kind: "timeout" (killed at its deadline), "crash" (the process died) or "error" (the worker's code raised: the same
-    call would raise again, so it is neither retried nor a reason for a restart).
+    kind: "timeout" (killed at its deadline), "crash" (the process died), "error" (the worker's code raised: the same
+    call would raise again, so it is neither retried nor a reason for a restart) or "lost" (an argument was, for good).
     text: one line that names fleet, replica and method. tail: the end of the worker's traceback.
     exception: what was raised, where it can be had: inline always, from another process only a ValueError.
     """
 
-    kind: Literal["timeout", "crash", "error"]
+    kind: Literal["timeout", "crash", "error", "lost"]
     text: str
     tail: str = ""
     exception: Exception | None = None
+
+    def lost(self) -> Fault:
+        """Of the call that should have made a lost result again, as a fault of the call that needs it."""
+        return Fault("lost", f"what was lost with its node cannot be made again: {self.text}", self.tail)
 
     @classmethod
     def of(cls, error: Exception) -> Fault:
@@ -99,10 +107,11 @@ class Fault:
         return cls("error", text, "".join(traceback.format_tb(error.__traceback__)[-3:]), error)
 
     def throw(self) -> NoReturn:
-        """Raises the worker's own ValueError as it was, else FleetError with text and tail."""
+        """Raises the worker's own ValueError as it was, else FleetError or ResultLost with text and tail."""
         if isinstance(self.exception, ValueError):
             raise self.exception
-        raise FleetError("\n".join(filter(None, (self.text, self.tail.rstrip())))) from self.exception
+        kind = ResultLost if self.kind == "lost" else FleetError
+        raise kind("\n".join(filter(None, (self.text, self.tail.rstrip())))) from self.exception
 
 
 @dataclass(eq=False)
@@ -187,8 +196,8 @@ class Fleet(ABC):
         """Waits until something happens to any fleet of this process, and deals with it."""
 
     def renew(self) -> None:
-        """New replicas in the place of all, for a fleet that a loss has ended; they know of no call before."""
-        raise FleetError(f"fleet {self.spec.name!r} has lost nobody")
+        """New replicas in the place of all, also of a fleet that a loss has ended; they know of no call before."""
+        raise FleetError(f"fleet {self.spec.name!r} has no processes to replace")
 
     @abstractmethod
     def close(self) -> None:
@@ -325,8 +334,8 @@ def is_lost(reference: ray.ObjectRef, timeout_s: float | None = None) -> bool:
 def fetch(reference: Any, timeout_s: float | None = 60.0) -> Any:
     """The value behind a reference; of a list or tuple the list of values, where plain values stay as they are.
 
-    What was lost with its node is made again. Raises FleetError where that is not possible, or a value does not arrive
-    in time. Arrays come READ-ONLY from the object store.
+    What was lost with its node is made again. Raises ResultLost where that is not possible, FleetError where a value
+    does not arrive in time. Arrays come READ-ONLY from the object store.
     """
     if not isinstance(reference, list | tuple):
         return fetch([reference], timeout_s)[0]
@@ -337,7 +346,9 @@ def fetch(reference: Any, timeout_s: float | None = 60.0) -> Any:
             values = ray.get([result.reference for result in results], timeout=timeout_s)
         except ray.exceptions.ObjectLostError:
             for making in [result.made.again() for result in results if is_lost(result.reference, timeout_s)]:
-                making.result()
+                next(as_completed([making]))
+                if making.fault:
+                    making.fault.lost().throw()
         except ray.exceptions.RayError as error:
             cause = str(error).splitlines()[0]
             raise FleetError(f"a result could not be fetched within {timeout_s} s: {cause}") from error

@@ -59,7 +59,8 @@ class Judges:
     def collect(self, scoring: Sequence[Mapping[str, Task]]) -> Collected:
         """Waits for the chunks of an iteration.
 
-        Raises FleetError naming the term, as soon as the share of its clips that have no score is above fault_share.
+        Raises FleetError naming the term, as soon as the share of its clips that have no score is above fault_share;
+        ResultLost where the groups went with their node for good.
         """
         place = {task: (chunk, name) for chunk, tasks in enumerate(scoring) for name, task in tasks.items()}
         parts: dict[tuple[int, str], list[GroupScores]] = {}
@@ -69,7 +70,7 @@ class Judges:
             if task.fault is None:
                 parts[chunk, name] = fetch(task.values[0])
                 continue
-            if task.fault.kind == "error":
+            if task.fault.kind in ("error", "lost"):
                 task.fault.throw()
             lost[name].append((chunk, task.fault))
             if len(lost[name]) > self.fault_share * len(scoring):

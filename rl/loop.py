@@ -27,7 +27,7 @@ class LoopSettings:
     own alone. advantage_clip: of |A|. advantage_std: of `normalise`. best_and_worst: how many of each learn in a group
     (None: all members). permute: give advantages to the wrong members (the control that must not
     improve). evaluate_every: iterations between evaluations; None: none before the end. max_staleness: of `Pipeline`.
-    max_recoveries: how often `rl.run.run` makes a lost learner anew.
+    max_recoveries: how often `rl.run.run` makes the learner anew.
     """
 
     seed: int
@@ -77,15 +77,16 @@ def train(
     log: Callable[[int, Metrics], None],
     checkpoint: Callable[[int], None],
     evaluate: Callable[[int], bool],
-) -> Clock:
+    total: Clock,
+) -> None:
     """Runs iterations held[-1]..settings.iterations - 1.
 
     held: versions of the weights that the learner has, its own last (`Learner.load`). log: called with (step, metrics)
     after every iteration; steps count from 1. evaluate: called with the step every `evaluate_every` steps but the last,
     may leave any weights with the rollout workers; True stops the training. checkpoint: called with the step every
-    `checkpoint_every` steps and at the end.
+    `checkpoint_every` steps and at the end. total: takes the time of every phase.
     """
-    total, iterations = Clock(), range(held[-1], settings.iterations)
+    iterations = range(held[-1], settings.iterations)
     pipeline = Pipeline(fleets, iterations, partial(chunks, settings), settings.max_staleness, held)
     for number in iterations:
         clock = Clock(f"iteration {number}")
@@ -121,7 +122,6 @@ def train(
             checkpoint(step)
         if stop:
             break
-    return total
 
 
 def chunks(settings: LoopSettings, iteration: int) -> list[range]:

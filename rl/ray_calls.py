@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from rl.fleet import FleetError, Result, Task
+from rl.fleet import Result, ResultLost, Task
 from rl.ray_host import flat, mapped
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ class Made:
         self.remakes = 0
 
     def again(self) -> Task:
-        """The task that makes it again, one for all who ask. Raises FleetError where that is not possible."""
+        """The task that makes it again, one for all who ask. Raises ResultLost where that is not possible."""
         if self.making is None:
             if self.call is None or self.remakes == REMAKES:
-                raise FleetError(
+                raise ResultLost(
                     f"fleet {self.fleet.spec.name!r}: a result was lost with its node and cannot be made again"
                 )
             log.warning(

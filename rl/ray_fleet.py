@@ -25,7 +25,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from rl.fleet import Fault, Fleet, FleetError, FleetSpec, FleetSpecError, Result, Task, follow_up
+from rl.fleet import Fault, Fleet, FleetError, FleetSpec, FleetSpecError, Result, ResultLost, Task, follow_up
 from rl.placement import seat
 from rl.ray_calls import Batch, Call, Made, Replica
 from rl.ray_host import BUILD, READY, RECEIVE, Host
@@ -115,13 +115,11 @@ class RayFleet(Fleet):
         follow_up()
 
     def renew(self) -> None:
-        if self.loss is None or self not in _LIVE:
+        if self not in _LIVE:
             super().renew()
-        for replica in self.replicas:
-            ray.kill(replica.actor)
+        self._abandon(self.loss or Fault("crash", "all its workers were replaced"))
         self.loss, self._lockstep = None, None
         self._kept.clear()
-        self._needy.clear()
         self.restarts += len(self.replicas)
         self.replicas = [self._spawn(i) for i in range(self.spec.replicas)]
 
@@ -130,22 +128,26 @@ class RayFleet(Fleet):
             return
         _LIVE.remove(self)
         self.loss = self.loss or Fault("crash", "it was closed")
+        self._abandon(self.loss)
+
+    def _abandon(self, fault: Fault) -> None:
+        """Ends the workers and, with this fault, whatever is not done."""
         for replica in self.replicas:
             ray.kill(replica.actor)
             for call in (replica.call, *replica.todo):
                 if call and call.task:
-                    call.task.parts[call.index] = self.loss
+                    call.task.parts[call.index] = fault
             replica.call = None
         for call in self._needy:
-            call.task.parts[call.index] = self.loss
+            call.task.parts[call.index] = fault
         self._needy.clear()
-        self._fail_queue(self.loss)
+        self._fail_queue(fault)
 
     def dispatch(self) -> None:
         """Starts whatever may start now."""
         for call in [call for call in self._needy if self.loss or all(task.done for task in call.needs)]:
             self._needy.remove(call)
-            if fault := self.loss or next((task.fault for task in call.needs if task.fault), None):
+            if fault := self.loss or next((task.fault.lost() for task in call.needs if task.fault), None):
                 self._settle(call, fault)
             elif call.task.lockstep:
                 self.replicas[call.index].todo.append(call)
@@ -210,12 +212,14 @@ class RayFleet(Fleet):
 
     def _make_again(self, replica: Replica, call: Call, lost: Sequence[ray.ObjectRef]) -> None:
         """Of a call's arguments what nobody has made again since; then the call gets its next chance."""
+        if call.task is None:
+            fault = Fault("crash", "what a new worker needs was lost with its node")
+            self._settle(call, self.locate(fault, replica.index, call.method))
+            return
         try:
-            if call.task is None:
-                raise FleetError("what a new worker needs was lost with its node")
             call.needs = [result.made.again() for result in call.results if result.reference in lost]
-        except FleetError as error:
-            self._settle(call, self.locate(Fault("crash", str(error)), replica.index, call.method))
+        except ResultLost as error:
+            self._settle(call, self.locate(Fault("lost", str(error)), replica.index, call.method))
         else:
             self._needy.append(call)
 

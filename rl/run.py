@@ -15,7 +15,7 @@ from rl import checkpoint
 from rl.advantage import TermWeight
 from rl.checkpoint_store import CheckpointStore
 from rl.evaluation import compare, stack
-from rl.fleet import Fleet, FleetError, as_completed, fetch
+from rl.fleet import Fleet, FleetError, ResultLost, as_completed, fetch
 from rl.hack_watch import HackWatch
 from rl.judges import Judges
 from rl.learner import join
@@ -105,10 +105,10 @@ def run(
     resume: Path | None,
 ) -> dict[str, Any]:
     """Measures the base, trains, measures the tuned policy, writes report.html and summary.json; returns the
-    summary. Where the run is asked to stop, what is trained is saved before Stopped passes. A learner that is lost is
-    made anew and goes on from the last checkpoint.
+    summary. Where the run is asked to stop, what is trained is saved before Stopped passes. Where the learner is lost,
+    or results that no worker can give again, the learner is made anew and goes on from the last checkpoint.
     """
-    started, clock = time.perf_counter(), Clock()
+    started, clock, phases = time.perf_counter(), Clock(), Clock()
     folder, tracking = output.folder, output.tracking
 
     def look(step: int) -> tuple[dict[str, np.ndarray], Films, bool]:
@@ -179,14 +179,15 @@ def run(
 
         while True:
             try:
-                seconds = train(fleets, terms, settings, held, log, save, evaluate).seconds
+                train(fleets, terms, settings, held, log, save, evaluate, phases)
                 synchronise(fleets, averaged=True)
                 break
             except Stopped:
                 save(done)
                 raise
             except (FleetError, checkpoint.CheckpointError) as error:
-                if fleets.learner.loss is None or recoveries == settings.max_recoveries:
+                for_good = fleets.learner.loss is None and not isinstance(error, ResultLost)
+                if for_good or recoveries == settings.max_recoveries:
                     raise
                 recoveries += 1
                 path = checkpoint.latest(folder.checkpoints)[0] or resume
@@ -199,7 +200,7 @@ def run(
                     held = [settings.iterations]
 
     tuned, tuned_films, _ = look(last)
-    seconds |= clock.seconds | {"total": time.perf_counter() - started}
+    seconds = phases.seconds | clock.seconds | {"total": time.perf_counter() - started}
     summary = summarise(compare(base, tuned), heldout.prompts, last, seconds, tracking.run_id)
     summary["hack_watch"] = {**watch.summary(), "stopped_at": last if last < settings.iterations else None}
     tracking.log(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -11,6 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
 
 RECORDS = ("metrics.jsonl", "watch/evaluations.jsonl")
 
@@ -64,6 +69,22 @@ class RunFolder:
     def at(cls, run_dir: str | Path | None, job: str) -> RunFolder:
         """The folder run_dir, or a new one under ./outputs where it is None; absolute, for workers elsewhere."""
         return cls.open(Path(run_dir).resolve()) if run_dir else cls.create(Path("outputs").resolve(), job)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Within the block no other process may take the folder; raises RunFolderError where one has. The system ends
+        it with the process, however that ends. Disks that know no locks are not guarded."""
+        lock = FileLock(self.path / "lock", timeout=0, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RunFolderError(f"run_dir={self.path} is in use by another process; choose another run_dir") from error
+        except (NotImplementedError, OSError):
+            log.warning("run_dir=%s cannot be locked: see to it that no other process writes there", self.path)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def write_config(self, text: str) -> None:
         """Of this start; a new segment if the one before had another."""

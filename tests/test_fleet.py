@@ -343,9 +343,14 @@ def test_a_dead_rank_ends_the_fleet_until_it_is_renewed_and_is_named_though_the_
         fleet.renew()
         again = fetch(fleet.broadcast("load_weights", np.ones(1), 1))
         assert not {*pids} & {*again} and fleet.restarts == 2
-        with pytest.raises(FleetError, match="'learner' has lost nobody"):
-            fleet.renew()
-    assert all(ends(pid) for pid in (*pids, *again))
+        waiting = fleet.submit_all("trouble", [(hang,), (hang,)])
+        fleet.renew()  # also of a fleet that has lost nobody
+        assert "all its workers were replaced" in waiting.fault.text
+        last = fetch(fleet.broadcast("load_weights", np.ones(1), 2))
+        assert not {*again} & {*last}
+    with pytest.raises(FleetError, match="'learner' has no processes to replace"):
+        fleet.renew()
+    assert all(ends(pid) for pid in (*pids, *again, *last))
 
 
 def test_fleets_work_side_by_side_while_the_driver_waits_for_one(five: Fleet, ray_local: None) -> None:

@@ -54,6 +54,8 @@ def head(**resources: float) -> Iterator[Cluster]:
 
 
 class Worker:
+    version = 0
+
     def where(self) -> str:
         import ray
 
@@ -63,6 +65,14 @@ class Worker:
         """Too big to travel with the answer: both stay in the store of the worker's node."""
         noise = np.random.default_rng(seed)
         return noise.normal(size=10**5), noise.normal(size=10**5)
+
+    def load(self, version: int) -> None:
+        self.version = version
+
+    def versioned(self, version: int) -> tuple[np.ndarray, np.ndarray]:
+        if version != self.version:
+            raise ValueError(f"asked for weights {version}, but this worker holds {self.version}")
+        return self.film(version)
 
     def judge(self, film: np.ndarray, others: list[np.ndarray]) -> float:
         return film.sum() + 2 * sum(other.sum() for other in others)
@@ -95,7 +105,7 @@ class Meeting:
 def lost_results() -> None:
     import ray
 
-    from rl.fleet import FleetError, FleetSpec, as_completed, fetch, make_fleet
+    from rl.fleet import FleetSpec, ResultLost, as_completed, fetch, make_fleet
 
     films = [Worker().film(seed) for seed in range(6)]
     with head(num_cpus=4) as cluster, ExitStack() as fleets:
@@ -115,6 +125,8 @@ def lost_results() -> None:
         assert home not in fetch(rollout.broadcast("where"))
         made = [rollout.submit("film", seed, returns=2).result() for seed in range(6)]
         together = rollout.broadcast("film", 7)
+        old = rollout.submit("versioned", 0, returns=2).result()
+        rollout.broadcast("load", 1, keep=True)
         cluster.remove_node(second, allow_graceful=False)
         cluster.add_node(num_cpus=2, object_store_memory=STORE)
 
@@ -126,14 +138,15 @@ def lost_results() -> None:
         assert [a.made.remakes for a, _ in made] == [1, 1, 1, 1, 0, 1]  # each that was asked for, once
         assert rollout.restarts == 2 and learner.restarts == judges.restarts == 0
         # What all replicas made together cannot be made again by one of them.
-        try:
+        with pytest.raises(ResultLost, match="lost with its node and cannot be made again"):
             fetch(together[0])
-        except FleetError as error:
-            assert "lost with its node and cannot be made again" in str(error)
-        else:
-            raise AssertionError("it was not lost")
         fault = next(as_completed([judges.submit("judge", together[0], [])])).fault
-        assert "judges[" in fault.text and "cannot be made again" in fault.text
+        assert fault.kind == "lost" and "judges[" in fault.text and "cannot be made again" in fault.text
+        # Nor what its worker no longer gives.
+        fault = next(as_completed([judges.submit("judge", old[0], [])])).fault
+        assert fault.kind == "lost" and "asked for weights 0, but this worker holds 1" in fault.text
+        with pytest.raises(ResultLost, match="asked for weights 0"):
+            fetch(old[1])
 
 
 @pytest.mark.slow
@@ -163,8 +176,10 @@ def train(run: str, *overrides: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_that_loses_a_node_ends_with_the_weights_of_an_undisturbed_one(small_run, tmp_path):  # noqa: F811
-    lost, calm, job = tmp_path / "lost", tmp_path / "calm", [*small_run, "tracking.uri=null", "train.iterations=4"]
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_that_loses_a_node_ends_with_the_weights_of_an_undisturbed_one(staleness, small_run, tmp_path):  # noqa: F811
+    lost, calm = tmp_path / "lost", tmp_path / "calm"
+    job = [*small_run, "tracking.uri=null", "train.iterations=4", f"async.max_staleness={staleness}"]
     alone("train", lost, *job)
     history = [json.loads(line) for line in (lost / "metrics.jsonl").read_text().splitlines()]
     assert history[0]["system/restarts"] == 0 < history[-1]["system/restarts"]

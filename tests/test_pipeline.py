@@ -23,7 +23,7 @@ from jobs.build import (
 )
 from rl.fleet import FleetError, FleetSpec, closing, fetch, make_fleet
 from rl.judges import Judges
-from rl.loop import LoopSettings, chunks, credit, train
+from rl.loop import Clock, LoopSettings, chunks, credit, train
 from rl.pipeline import Fleets, Pipeline
 from rl.weights import Weights
 
@@ -34,7 +34,8 @@ def trained(overrides) -> Weights:
     """The weights after ITERATIONS of the loop."""
     c = read_config(*overrides)
     with session(c), closing(make_rollout_fleet(c, validate(c)), make_judges(c), make_learner(c)) as parts:
-        train(Fleets(*parts), term_weights(c), loop_settings(c), [0], lambda *_: None, lambda _: None, lambda _: False)
+        train(Fleets(*parts), term_weights(c), loop_settings(c), [0], lambda *_: None, lambda _: None, lambda _: False,
+              Clock())  # fmt: skip
         return fetch(parts[2].broadcast("weights")[0])
 
 

@@ -29,6 +29,20 @@ def kill_learner(driver: int) -> None:
     learner.kill()
 
 
+def killed_at(command: list[str], *lines: str) -> tuple[int, str, str]:
+    """Runs it and kills its learner at each of these lines in turn; exit code, output, errors."""
+    told = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            told += line
+            if lines and line.startswith(lines[0]):
+                lines = lines[1:]
+                kill_learner(process.pid)
+        errors = process.stderr.read()
+    assert not lines, told + errors
+    return process.returncode, told, errors
+
+
 @pytest.fixture
 def slow_run(small_run, tmp_path):  # noqa: F811
     """The same run on Ray, with time to kill somebody in."""
@@ -45,20 +59,17 @@ def test_a_run_that_loses_its_learner_ends_as_if_nobody_had_killed_it(small_run,
     assert run_job("train", *small_run, *more, f"run_dir={tmp_path / 'whole'}") == 0
     run = tmp_path / "run"
     command = [sys.executable, "-m", "jobs.train", *slow_run, *more, f"run_dir={run}", "train.max_recoveries=2"]
-    kill_at, told = ["1/4", "3/4"], ""  # before the first checkpoint, and after it
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            told += line
-            if kill_at and line.startswith(kill_at[0]):
-                kill_at.pop(0)
-                kill_learner(process.pid)
-        errors = process.stderr.read()
-    assert process.returncode == 0 and not kill_at, told + errors
+    # Before the first checkpoint, after it, and once more than may be; then the same command goes on.
+    code, told, errors = killed_at(command, "1/4", "3/4", "3/4")
+    assert code == 1 and "learner[0]" in errors, told + errors
     assert "learner[0]" in told and "recovery 1 of 2, from the beginning" in told
-    assert "recovery 2 of 2, from " in told and "step_000002" in told
+    assert "recovery 2 of 2, from " in told and "step_000002" in told and "recovery 3" not in told
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["system/recoveries"]) for line in lines[:3]] == [(1, 1), (2, 1), (3, 2)]
+    code, told, errors = killed_at(command)
+    assert code == 0, told + errors
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert [line["system/recoveries"] for line in lines] == [1, 1, 2, 2]
     name = "checkpoints/step_000004/policy.safetensors"
     recovered, undisturbed = load_file(run / name), load_file(tmp_path / "whole" / name)
     assert all((recovered[key] == undisturbed[key]).all() for key in undisturbed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
@@ -79,6 +81,25 @@ def test_a_changed_setting_is_written_down_where_the_run_is(small_run, tmp_path,
     assert manifest["config"]["learner"]["lr"] == 0.001
     tags = mlflow.MlflowClient(store).get_run(manifest["mlflow_run_id"]).data.tags
     assert "learner.lr: 0.0003 -> 0.001" in tags["resume.1.changed"] and "changed" not in tags
+
+
+HOLD = """
+import pathlib, sys, time
+from rl.run_folder import RunFolder
+with RunFolder.open(sys.argv[1]).taken():
+    print("taken", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_processes_never_train_in_one_folder_and_a_killed_one_leaves_it_free(small_run, tmp_path, capsys):  # noqa: F811
+    job = ("train", *small_run, f"run_dir={tmp_path}", "tracking.uri=null", "train.iterations=1")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"taken\n"
+        assert run_job(*job) == 1
+        assert f"run_dir={tmp_path} is in use by another process" in capsys.readouterr().err
+        other.kill()
+    assert run_job(*job) == 0
 
 
 class DrawingLearner(Learner):
