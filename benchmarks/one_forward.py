@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import alternate, figure, write
+from benchmarks.common import alternate, write
 from benchmarks.iteration import bare
 from rollout.records import Replay
 
@@ -54,10 +54,10 @@ def main() -> None:
     rows = [measure(select, 16, 2, 3) for select in ("trunk", "video")]
     about = (
         "The learner's update on 2 prompts and groups of 16: each group's shared state evaluated once, or once for "
-        "every member. Median CPU-seconds of 3 runs; relative difference of the two gradients."
+        "every member. Median CPU-seconds of 3 runs; relative difference of the two gradients in float32, where those "
+        "of the members, rounded one by one, nearly cancel. At a small size a test holds it to 1e-6."
     )
-    write("one_forward", about, rows, [figure("gradients, relative difference",
-                                              max(row["gradients differ by"] for row in rows), "<= 1e-6")])  # fmt: skip
+    write("one_forward", about, rows)
 
 
 if __name__ == "__main__":
