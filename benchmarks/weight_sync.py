@@ -49,6 +49,7 @@ class Holder:
         self.policy.net.to(getattr(torch, dtype)).requires_grad_(False)
         if lora:
             self.policy.add_lora(LORA)
+        self.policy.gather()
         self.version = 0
 
     def cpu_seconds(self) -> float:

@@ -60,6 +60,7 @@ class PolicySettings:
 
 
 Settings = PolicySettings | WanSettings
+ALIGNMENT = 64  # bytes, as PyTorch's own allocations
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,16 @@ class DragPolicy:
     def state_dict(self) -> dict[str, Tensor]:
         """The values of `weights`, which share their memory."""
         return {name: p.detach() for name, p in self.weights().items()}
+
+    def gather(self) -> None:
+        """Lays the trained weights side by side in one block of the CPU's memory, which is sent faster than many."""
+        weights, starts, size = self.weights(), [], 0
+        for p in weights.values():
+            starts.append(size)
+            size += -(-p.nbytes // ALIGNMENT) * ALIGNMENT
+        block = torch.zeros(size, dtype=torch.uint8)
+        for start, p in zip(starts, weights.values()):
+            p.data = block[start : start + p.nbytes].view(p.dtype).view(p.shape).copy_(p.data)
 
     def borrow(self, state: Mapping[str, Tensor], source: str) -> None:
         """Computes from now on with the given tensors themselves, in whatever memory they lie: they are not to change,

@@ -172,6 +172,8 @@ class Learner:
                 "nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=5)
             )
         net, s = self.policy.net, self.settings
+        if not gpu:
+            self.policy.gather()
         self.reference = self.policy.reference().to("cuda" if gpu else "cpu") if s.beta else None
         if self.reference and s.bf16 and s.zero_stage == 3:  # whose policy is all of bfloat16: else they begin apart
             for p in self.reference.parameters():

@@ -1,3 +1,4 @@
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,27 @@ def read_only(weights: Weights) -> Weights:
     for array in arrays.values():
         array.flags.writeable = False
     return replace(weights, arrays=arrays)
+
+
+def test_gathered_weights_travel_as_one_block_and_are_what_they_were():
+    learner, worker, apart = tiny_policy(), tiny_policy(), tiny_policy()
+    before = pack(learner.state_dict(), 1)
+    learner.gather()
+    weights = pack(learner.state_dict(), 1, copy=False)
+    assert before.block is None and weights.digest == before.digest
+    buffers: list[pickle.PickleBuffer] = []
+    sent = pickle.dumps(weights, protocol=5, buffer_callback=buffers.append)
+    assert len(buffers) == 1 and len(sent) < 0.1 * weights.block.nbytes
+    arrived = pickle.loads(sent, buffers=[bytes(buffers[0])])
+    assert not any(array.flags.writeable for array in arrived.arrays.values())
+    assert install(worker, arrived) == before.digest and worker.borrows
+    np.testing.assert_array_equal(film(worker), film(apart))
+    copied = pack(learner.state_dict(), 1)
+    with torch.no_grad():
+        next(iter(learner.net.parameters())).add_(1)
+    assert digest(copied.arrays) == before.digest != digest(weights.arrays)
+    with pytest.raises(ValueError, match="arrived damaged"):
+        install(tiny_policy(), pickle.loads(pickle.dumps(weights)))
 
 
 def places(policy) -> dict[str, int]:
