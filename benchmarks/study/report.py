@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks.common import figure, table
 from benchmarks.study.order import TRACKERS, gain
 
-LEVEL = 0.3  # of gain, whose price in CPU-seconds is compared
+LEVEL = 0.3  # of what is learnt, whose price in CPU-seconds is compared
 SHOWN = {"track error, px": TRACKERS[0], "canary, px": TRACKERS[1], "PSNR, dB": "canary/psnr_db",
          "sharpness": "sharpness"}  # fmt: skip
 
@@ -36,10 +36,14 @@ class Arm:
         return _gains(self.runs)
 
     @property
-    def learns(self) -> bool:
-        """Whether the gain is above the control's at the end by twice the standard error of that over the seeds."""
-        above = (self.gains - _gains(self.controls))[:, -1]
-        return len(above) > 1 and above.mean() > 2 * _error(above)
+    def learnt(self) -> np.ndarray:
+        """Gains above what the controls gain by chance; a control that does harm counts as one that does nothing."""
+        return self.gains - _gains(self.controls).clip(0)
+
+    def learns(self, point: int = -1) -> bool:
+        """Whether the seeds tell what was learnt from nothing, by two standard errors."""
+        learnt = self.learnt[:, point]
+        return len(learnt) > 1 and learnt.mean() > 2 * _error(learnt)
 
     def mean(self, key: str, point: int, control: bool = False) -> float:
         return float(np.mean([one["curve"][point][key] for one in (self.controls if control else self.runs)]))
@@ -62,12 +66,12 @@ def by_arm(runs: Sequence[dict[str, Any]]) -> dict[str, Arm]:
             found[f"{trial['select']} + {trial['explore']}"][trial["seed"]][trial["permute"]] = one
     pairs = {name: [pair for pair in seeds.values() if len(pair) == 2] for name, seeds in found.items()}
     arms = {name: Arm([p[False] for p in own], [p[True] for p in own]) for name, own in pairs.items() if own}
-    return dict(sorted(arms.items(), key=lambda item: -item[1].gains[:, -1].mean()))
+    return dict(sorted(arms.items(), key=lambda item: -item[1].learnt[:, -1].mean()))
 
 
 def price(arm: Arm, level: float = LEVEL) -> float:
-    """CPU-seconds after which the mean gain is this high, linearly between points; inf where it never is."""
-    seconds, gains = arm.seconds.mean(0), arm.gains.mean(0)
+    """CPU-seconds after which so much was learnt on average, linearly between points; inf where it never is."""
+    seconds, gains = arm.seconds.mean(0), arm.learnt.mean(0)
     for i in range(1, len(gains)):
         if gains[i] >= level:
             return float(np.interp(level, gains[i - 1 : i + 1], seconds[i - 1 : i + 1]))
@@ -82,7 +86,8 @@ def rows(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
         for i, point in enumerate(trial["points"], 1):
             row[f"gain at {point:g} s"] = _spread(arm.gains[:, i])
         row[f"control at {point:g} s"] = _spread(_gains(arm.controls)[:, -1])
-        row["learns"] = "yes" if arm.learns else "not shown"
+        for i, point in enumerate(trial["points"], 1):
+            row[f"learnt at {point:g} s"] = _spread(arm.learnt[:, i]) + ("" if arm.learns(i) else " (not shown)")
         row["iterations"] = round(np.mean([one["curve"][-1]["iterations"] for one in arm.runs]))
         row |= {title: f"{arm.mean(key, 0):.2f} → {arm.mean(key, -1):.2f} (control {arm.mean(key, -1, True):.2f})"
                 for title, key in SHOWN.items()}  # fmt: skip
@@ -96,8 +101,8 @@ def _spread(values: np.ndarray) -> str:
 
 def figures(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     """What the default gives against Flow-GRPO's way, and what the grouping and the subspace give of it: ratios of the
-    gain per CPU-second at each point, and of the CPU-seconds for the same gain. Where the seeds do not tell the worse
-    one's gain from nothing, its mean and two standard errors stand for it: the ratio is at least that."""
+    what is learnt per CPU-second at each point, and of the CPU-seconds for the same. Where the seeds do not tell what
+    the worse one has learnt from nothing, its mean and two standard errors stand for it: the ratio is at least that."""
     found = []
     for better, worse, bound in (
         ("trunk + tangent", "all + white", ">= 3"),
@@ -106,19 +111,20 @@ def figures(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
         ("trunk + tangent", "trunk + white", ">= 1"),
         ("all + tangent", "all + white", ">= 1"),
     ):
-        if not {better, worse} <= arms.keys() or not arms[better].learns:
+        if not {better, worse} <= arms.keys() or not arms[better].learns():
             continue
         more, less = arms[better], arms[worse]
         for i, point in enumerate(more.runs[0]["trial"]["points"], 1):
-            gains = less.gains[:, i]
-            sure = len(gains) > 1 and gains.mean() > 2 * _error(gains)
-            most = gains.mean() if sure else gains.mean() + 2 * _error(gains)
-            rates = [gain / arm.seconds[:, i].mean() for gain, arm in ((more.gains[:, i].mean(), more), (most, less))]
+            if not more.learns(i):
+                continue
+            learnt, sure = less.learnt[:, i], less.learns(i)
+            most = learnt.mean() if sure else learnt.mean() + 2 * _error(learnt)
+            rates = [gain / arm.seconds[:, i].mean() for gain, arm in ((more.learnt[:, i].mean(), more), (most, less))]
             ratio = float(rates[0] / rates[1]) if most > 0 else float("inf")
-            name = f"gain per CPU-s at {point:g} s, {better} / {worse}{'' if sure else ', at least'}"
+            name = f"learnt per CPU-s at {point:g} s, {better} / {worse}{'' if sure else ', at least'}"
             found.append(figure(name, ratio, bound))
         if np.isfinite(price(more)):
-            name = f"CPU-s to a gain of {LEVEL:g}, {worse} / {better}"
+            name = f"CPU-s until {LEVEL:g} is learnt, {worse} / {better}"
             found.append(figure(name, price(less) / price(more), bound))
     return found
 
@@ -152,8 +158,9 @@ def plot(arms: Mapping[str, Arm], path: Path) -> None:
 
 
 ABOUT = """Held-out gain per CPU-second: the share by which the two track errors have fallen, on average; the second
-tracker rewards nobody. Control: the same run with the advantages given to random members of their group; an arm learns
-if its seeds are above their controls by more than two standard errors. Every `select` + `explore` has a learning rate
+tracker rewards nobody. Control: the same run with the advantages given to random members of their group. Learnt: the
+gain above that of the control, seed by seed, where a control that does harm counts as one that does nothing; it is not
+shown where it is less than two standard errors above 0. Every `select` + `explore` has a learning rate
 and a stiffness (the weight of the divergence times sqrt(dimensions of an action)) of its own, found by the same search
 for the highest gain on dev prompts, on average over two seeds. Alike for all: two prompts per iteration, groups of 8, a
 learning rate that falls to 0 at the end, the time embedding trained. Held-out prompts are the seed's own. CPU time is
