@@ -81,8 +81,9 @@ def test_the_report_ranks_arms_and_prices_what_they_gain(studied, tmp_path):
     text = report.write_report(studied, tmp_path)
     arms = report.by_arm(studied)
     assert [*arms] == ["trunk + tangent", "all + white"] and [arm.learns() for arm in arms.values()] == [True, False]
-    assert report.price(arms["trunk + tangent"], 0.4) == pytest.approx(1.0)
-    assert report.price(arms["trunk + tangent"], 0.81) == math.inf
+    best = arms["trunk + tangent"]
+    assert report.price(best.seconds, best.learnt, 0.4) == pytest.approx(1.0)
+    assert report.price(best.seconds, best.learnt, 0.81) == math.inf
     assert (
         (tmp_path / "study.png").stat().st_size > 1000
         and "| trunk + tangent | 0.0032 | 1 | 2 |" in text

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks.common import figure, table
 from benchmarks.study.order import TRACKERS, gain
 
-LEVEL = 0.3  # of what is learnt, whose price in CPU-seconds is compared
+LEVEL = 0.3  # whose price in CPU-seconds is compared
 SHOWN = {"track error, px": TRACKERS[0], "canary, px": TRACKERS[1], "PSNR, dB": "canary/psnr_db",
          "sharpness": "sharpness"}  # fmt: skip
 
@@ -69,12 +69,13 @@ def by_arm(runs: Sequence[dict[str, Any]]) -> dict[str, Arm]:
     return dict(sorted(arms.items(), key=lambda item: -item[1].learnt[:, -1].mean()))
 
 
-def price(arm: Arm, level: float = LEVEL) -> float:
-    """CPU-seconds after which so much was learnt on average, linearly between points; inf where it never is."""
-    seconds, gains = arm.seconds.mean(0), arm.learnt.mean(0)
-    for i in range(1, len(gains)):
-        if gains[i] >= level:
-            return float(np.interp(level, gains[i - 1 : i + 1], seconds[i - 1 : i + 1]))
+def price(seconds: np.ndarray, values: np.ndarray, level: float = LEVEL) -> float:
+    """CPU-seconds after which the values [seeds, points] have reached this level on average, linearly between points;
+    inf where they never do."""
+    at, mean = seconds.mean(0), values.mean(0)
+    for i in range(1, len(mean)):
+        if mean[i] >= level:
+            return float(np.interp(level, mean[i - 1 : i + 1], at[i - 1 : i + 1]))
     return float("inf")
 
 
@@ -123,9 +124,11 @@ def figures(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
             ratio = float(rates[0] / rates[1]) if most > 0 else float("inf")
             name = f"learnt per CPU-s at {point:g} s, {better} / {worse}{'' if sure else ', at least'}"
             found.append(figure(name, ratio, bound))
-        if np.isfinite(price(more)):
-            name = f"CPU-s until {LEVEL:g} is learnt, {worse} / {better}"
-            found.append(figure(name, price(less) / price(more), bound))
+        for what in ("learnt", "gains"):
+            prices = [price(arm.seconds, getattr(arm, what)) for arm in (less, more)]
+            if np.isfinite(prices[1]):
+                name = f"CPU-s until {LEVEL:g} is {what.replace('gains', 'gained')}, {worse} / {better}"
+                found.append(figure(name, prices[0] / prices[1], bound))
     return found
 
 
