@@ -25,7 +25,7 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-    """outputs/<job>/<timestamp>/{config.yaml, metrics.jsonl, checkpoints/, videos/, report.html, summary.json}.
+    """outputs/<job>/<timestamp>/{config.yaml, metrics.jsonl, checkpoints/, videos/, report.html, summary.json, lock}.
 
     config.yaml is the configuration of the latest start; config/segment_<k>.yaml are those before and after a change.
     metrics.jsonl holds one object per iteration: {"step": 3, "train/kl": 0.01, ...}, null where a value is not finite.
