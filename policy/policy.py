@@ -176,13 +176,10 @@ class DragPolicy:
 
     def gather(self) -> None:
         """Lays the trained weights side by side in one block of the CPU's memory, which is sent faster than many."""
-        weights, starts, size = self.weights(), [], 0
-        for p in weights.values():
-            starts.append(size)
-            size += -(-p.nbytes // ALIGNMENT) * ALIGNMENT
-        block = torch.zeros(size, dtype=torch.uint8)
-        for start, p in zip(starts, weights.values()):
-            p.data = block[start : start + p.nbytes].view(p.dtype).view(p.shape).copy_(p.data)
+        weights = self.weights().values()
+        rooms = [-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in weights]
+        for p, room in zip(weights, torch.zeros(sum(rooms), dtype=torch.uint8).split(rooms)):
+            p.data = room[: p.nbytes].view(p.dtype).view(p.shape).copy_(p.data)
 
     def borrow(self, state: Mapping[str, Tensor], source: str) -> None:
         """Computes from now on with the given tensors themselves, in whatever memory they lie: they are not to change,

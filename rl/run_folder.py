@@ -74,13 +74,15 @@ class RunFolder:
     def taken(self) -> Iterator[None]:
         """Within the block no other process may take the folder; raises RunFolderError where one has. The system ends
         it with the process, however that ends. Disks that know no locks are not guarded."""
-        lock = FileLock(self.path / "lock", timeout=0, fallback_to_soft=False)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise RunFolderError(f"run_dir={self.path} is in use by another process; choose another run_dir") from error
-        except (NotImplementedError, OSError):
-            log.warning("run_dir=%s cannot be locked: see to it that no other process writes there", self.path)
+        lock = FileLock(path := self.path / "lock", timeout=0, fallback_to_soft=False)
+        with _disk(path):
+            try:
+                lock.acquire()
+            except Timeout as error:  # an OSError too
+                told = f"run_dir={self.path} is in use by another process; choose another run_dir"
+                raise RunFolderError(told) from error
+            except NotImplementedError:
+                log.warning("run_dir=%s cannot be locked: see to it that no other process writes there", self.path)
         try:
             yield
         finally:

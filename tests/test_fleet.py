@@ -132,25 +132,17 @@ def test_inline_and_ray_give_the_same_results_whichever_worker_computed_them(fiv
     assert len({pid for *_, pid in fetch(five.broadcast("seen"))}) == 5
 
 
-def test_idle_workers_take_turns_so_that_a_dead_one_is_found_by_as_many_calls_as_there_are_workers(ray_local) -> None:
-    with closing(make_fleet("ray", Worker, FleetSpec("idle", replicas=3))) as fleet:
-        pids = {pid for *_, pid in fetch(fleet.broadcast("seen"))}
-        assert {fetch(fleet.submit("seen").result()[0])[2] for _ in range(3)} == pids and len(pids) == 3
-        for number, victim in enumerate(pids, 1):
-            os.kill(victim, signal.SIGKILL)
-            assert ends(victim)
-            alive = {fetch(fleet.submit("seen").result()[0])[2] for _ in range(3)}
-            assert victim not in alive and fleet.restarts == number
-
-
-def test_a_call_that_meets_several_dead_workers_loses_one_chance(ray_local) -> None:
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_idle_workers_take_turns_so_that_dead_ones_are_found_and_cost_a_call_one_chance(ray_local, at_once) -> None:
     with closing(make_fleet("ray", Worker, FleetSpec("idle", replicas=3, retries=1))) as fleet:
-        pids = {pid for *_, pid in fetch(fleet.broadcast("seen"))}
-        for victim in pids:
-            os.kill(victim, signal.SIGKILL)
-            assert ends(victim)
-        assert fetch(fleet.submit("seen").result()[0])[2] not in pids
-        assert fleet.restarts == 3
+        pids = [pid for *_, pid in fetch(fleet.broadcast("seen"))]
+        assert {fetch(fleet.submit("seen").result()[0])[2] for _ in pids} == {*pids}
+        for dead in range(at_once, 4, at_once):
+            for victim in pids[dead - at_once : dead]:
+                os.kill(victim, signal.SIGKILL)
+                assert ends(victim)
+            alive = {fetch(fleet.submit("seen").result()[0])[2] for _ in pids}
+            assert alive.isdisjoint(pids[:dead]) and fleet.restarts == dead
 
 
 @pytest.mark.parametrize("backend", ["inline", "five"])

@@ -84,7 +84,7 @@ def test_a_changed_setting_is_written_down_where_the_run_is(small_run, tmp_path,
 
 
 HOLD = """
-import pathlib, sys, time
+import sys, time
 from rl.run_folder import RunFolder
 with RunFolder.open(sys.argv[1]).taken():
     print("taken", flush=True)
