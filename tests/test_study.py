@@ -39,8 +39,29 @@ def pretended(one: trial.Trial, base: dict | None) -> dict:
 def test_the_search_finds_the_settings_that_are_best_over_the_seeds(tmp_path):
     found = order.search(store := order.Store(tmp_path / "study.jsonl", pretended), PLAN, "trunk", "tangent")
     assert (found.lr, found.stiffness) == (3.2e-3, 1.0)
-    tried = [(one["trial"]["lr"], one["trial"]["stiffness"]) for one in store.runs if one["trial"]["seed"] == 10]
-    assert tried == [(1e-3, 4.0), (3.2e-3, 4.0), (1e-2, 4.0), (3.2e-3, 16.0), (3.2e-3, 1.0), (3.2e-3, 0.25)]
+    tried = [one["trial"] for one in store.runs if one["trial"]["seed"] == 10]
+    runs, controls = (
+        [(t["lr"], t["stiffness"]) for t in tried if t["permute"] is permuted] for permuted in (False, True)
+    )
+    assert runs == [(1e-3, 4.0), (3.2e-3, 4.0), (1e-2, 4.0), (3.2e-3, 16.0), (3.2e-3, 1.0), (3.2e-3, 0.25)]
+    assert controls == [(1e-3, 4.0), (3.2e-3, 4.0), (3.2e-3, 1.0)]  # where the gain alone does not rule it out
+
+
+def test_the_search_does_not_take_for_learning_what_any_large_step_gains(tmp_path):
+    def confounded(one, base):
+        gain = 0.3 + 0.1 * math.log10(min(one.lr, 3.2e-3) / 1e-3)
+        found = pretended(one, base)
+        if one.permute:
+            gain = 0.0 if one.lr <= 1e-3 else gain - 0.05
+        found["curve"][-1] |= {name: BASE[name] * (1 - gain) for name in order.TRACKERS}
+        return found
+
+    def harmless(one, base):
+        return confounded(replace(one, lr=1e-3) if one.permute else one, base) | {"trial": asdict(one)}
+
+    found = {run: order.search(order.Store(tmp_path / run.__name__, run), PLAN, "trunk", "tangent").lr
+             for run in (confounded, harmless)}  # fmt: skip
+    assert found[confounded] == 1e-3 < found[harmless]
 
 
 def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path):
@@ -63,14 +84,14 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(tmp_path):
 
 @pytest.fixture
 def studied(tmp_path):
-    """The runs of all arms."""
+    """The store of all arms' runs."""
     for arm in ARMS:
         order.study_arm(store := order.Store(tmp_path / "study.jsonl", pretended), PLAN, *arm)
-    return store.runs
+    return store
 
 
 def test_every_arm_is_searched_from_the_same_settings_and_measured_on_prompts_that_the_search_never_saw(studied):
-    trials = [one["trial"] for one in studied]
+    trials = [one["trial"] for one in studied.runs]
     first = {t["select"]: t for t in reversed(trials) if t["split"] == "dev"}
     assert first["trunk"]["lr"] == first["all"]["lr"] and first["trunk"]["stiffness"] == first["all"]["stiffness"]
     heldout = [t for t in trials if t["split"] == "heldout"]
@@ -78,8 +99,8 @@ def test_every_arm_is_searched_from_the_same_settings_and_measured_on_prompts_th
 
 
 def test_the_report_ranks_arms_and_prices_what_they_gain(studied, tmp_path):
-    text = report.write_report(studied, tmp_path)
-    arms = report.by_arm(studied)
+    text = report.write_report(studied.path, PLAN)
+    arms = report.by_arm(studied, PLAN)
     assert [*arms] == ["trunk + tangent", "all + white"] and [arm.learns() for arm in arms.values()] == [True, False]
     best = arms["trunk + tangent"]
     assert report.price(best.seconds, best.learnt, 0.4) == pytest.approx(1.0)

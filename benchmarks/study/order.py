@@ -1,21 +1,22 @@
 """What the study runs, in which order, and what it remembers: one JSON line per finished run.
 
-The learning rate and the stiffness of every arm are searched alike, on dev prompts, for the highest gain on average
-over two seeds. What was best trains three or more other seeds, measured on held-out prompts of their own. Large steps
-in any direction can undo the base's lag by chance, so that each of these has a control beside it, whose advantages go
-to random members of their group.
+Large steps in any direction can undo the base's lag by chance. Every run that counts therefore has a control beside it,
+whose advantages go to random members of their group: learnt is what is gained above it. The learning rate and the
+stiffness of every arm are searched alike, on dev prompts, for what is learnt on average over two seeds. What was best
+trains three or more other seeds, measured on held-out prompts of their own.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.study.trial import Trial, run
 
@@ -55,10 +56,14 @@ PLAN = Plan(
 )  # fmt: skip
 
 
-class Store:
-    """The finished runs of a file, by trial. train: `trial.run`."""
+class Missing(LookupError):
+    """A run that is not there, asked of a store that does not train."""
 
-    def __init__(self, path: Path, train: Callable[..., dict[str, Any]] = run) -> None:
+
+class Store:
+    """The finished runs of a file, by trial. train: `trial.run`, or None: it only looks up."""
+
+    def __init__(self, path: Path, train: Callable[..., dict[str, Any]] | None = run) -> None:
         self.path, self.train = path, train
         lines = path.read_text().splitlines() if path.exists() else []
         self.runs = [json.loads(line) for line in lines]
@@ -67,6 +72,8 @@ class Store:
     def run(self, trial: Trial) -> dict[str, Any]:
         """The run, from the file if it is there. What the base measures is taken from runs on the same prompts."""
         if trial.key not in self._found:
+            if self.train is None:
+                raise Missing(trial.key)
             prompts = [asdict(trial)[name] for name in ("split", "measured_on", "seed")]
             known = [one for one in self.runs if [one["trial"][n] for n in ("split", "measured_on", "seed")] == prompts]
             base = (
@@ -82,6 +89,18 @@ class Store:
                   f"gain {gain(found):+.3f}, {found['curve'][-1]}", flush=True)  # fmt: skip
         return self._found[trial.key]
 
+    def pair(self, trial: Trial) -> Pair:
+        return Pair(self.run(trial), self.run(replace(trial, permute=True)))
+
+
+class Pair(NamedTuple):
+    run: dict[str, Any]
+    control: dict[str, Any]
+
+    def learnt(self, point: int = -1) -> float:
+        """Gain above what the control gains by chance; one that does harm counts as one that does nothing."""
+        return gain(self.run, point) - max(gain(self.control, point), 0.0)
+
 
 def gain(found: dict[str, Any], point: int = -1) -> float:
     """By which share the two track errors have fallen, on average. The second tracker rewards nobody."""
@@ -90,19 +109,26 @@ def gain(found: dict[str, Any], point: int = -1) -> float:
 
 
 def search(store: Store, plan: Plan, select: str, explore: str) -> Trial:
-    """The settings with the highest gain on dev prompts: each is moved up, else down, as long as that is better."""
+    """The settings with which most is learnt on dev prompts: each is moved up, else down, as long as that is better."""
+    highest = -math.inf
 
-    def value(trial: Trial) -> float:
-        return statistics.mean(gain(store.run(replace(trial, seed=seed))) for seed in plan.tuning)
+    def better(trial: Trial) -> bool:
+        nonlocal highest
+        seeds = [replace(trial, seed=seed) for seed in plan.tuning]
+        if statistics.mean(gain(store.run(one)) for one in seeds) <= highest:
+            return False  # no more is learnt than gained, so that nobody needs its controls
+        learnt = statistics.mean(store.pair(one).learnt() for one in seeds)
+        highest, rises = max(learnt, highest), learnt > highest
+        return rises
 
     best = Trial(select, explore, LR, STIFFNESS, AMPLITUDES[explore], plan.prompts, 8, plan.tuning[0], plan.points[-1:],
                  "dev", plan.dev)  # fmt: skip
-    highest = value(best)
+    better(best)
     for name, step in STEPS.items():
         first = best
         for factor in (step, 1 / step):
-            while (found := value(trial := replace(best, **{name: _rounded(getattr(best, name) * factor)}))) > highest:
-                best, highest = trial, found
+            while better(trial := replace(best, **{name: _rounded(getattr(best, name) * factor)})):
+                best = trial
             if best is not first:
                 break
     return best
@@ -112,12 +138,15 @@ def _rounded(value: float) -> float:
     return float(f"{value:.2g}")
 
 
+def finals(store: Store, plan: Plan, select: str, explore: str) -> list[Trial]:
+    """The held-out runs of an arm, one per seed, with the settings that the search finds."""
+    best = replace(search(store, plan, select, explore), points=plan.points, split="heldout", measured_on=plan.heldout)
+    return [replace(best, seed=seed) for seed in range(plan.arms[select, explore])]
+
+
 def study_arm(store: Store, plan: Plan, select: str, explore: str) -> None:
-    best = search(store, plan, select, explore)
-    for seed in range(plan.arms[select, explore]):
-        final = replace(best, seed=seed, points=plan.points, split="heldout", measured_on=plan.heldout)
-        store.run(final)
-        store.run(replace(final, permute=True))
+    for trial in finals(store, plan, select, explore):
+        store.pair(trial)
 
 
 def _in_process(path: Path, plan: Plan, arm: tuple[str, str]) -> None:

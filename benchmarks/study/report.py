@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.common import figure, table
-from benchmarks.study.order import TRACKERS, gain
+from benchmarks.study.order import PLAN, TRACKERS, Missing, Pair, Plan, Store, finals, gain
 
 LEVEL = 0.3  # whose price in CPU-seconds is compared
 SHOWN = {"track error, px": TRACKERS[0], "canary, px": TRACKERS[1], "PSNR, dB": "canary/psnr_db",
@@ -23,22 +24,32 @@ SHOWN = {"track error, px": TRACKERS[0], "canary, px": TRACKERS[1], "PSNR, dB": 
 class Arm:
     """Held-out runs and their controls, seed by seed."""
 
-    runs: Sequence[dict[str, Any]]
-    controls: Sequence[dict[str, Any]]
+    pairs: Sequence[Pair]
+
+    @property
+    def trial(self) -> dict[str, Any]:
+        return self.pairs[0].run["trial"]
 
     @property
     def seconds(self) -> np.ndarray:
         """CPU-seconds [seeds, points]; a curve begins with 0."""
-        return np.array([[at["cpu_s"] for at in one["curve"]] for one in self.runs])
+        return np.array([[at["cpu_s"] for at in pair.run["curve"]] for pair in self.pairs])
 
     @property
     def gains(self) -> np.ndarray:
-        return _gains(self.runs)
+        return self._at_points(lambda pair, i: gain(pair.run, i))
+
+    @property
+    def controls(self) -> np.ndarray:
+        return self._at_points(lambda pair, i: gain(pair.control, i))
 
     @property
     def learnt(self) -> np.ndarray:
-        """Gains above what the controls gain by chance; a control that does harm counts as one that does nothing."""
-        return self.gains - _gains(self.controls).clip(0)
+        return self._at_points(Pair.learnt)
+
+    def _at_points(self, value: Callable[[Pair, int], float]) -> np.ndarray:
+        """[seeds, points]"""
+        return np.array([[value(pair, i) for i in range(len(pair.run["curve"]))] for pair in self.pairs])
 
     def learns(self, point: int = -1) -> bool:
         """Whether the seeds tell what was learnt from nothing, by two standard errors."""
@@ -46,11 +57,7 @@ class Arm:
         return len(learnt) > 1 and learnt.mean() > 2 * _error(learnt)
 
     def mean(self, key: str, point: int, control: bool = False) -> float:
-        return float(np.mean([one["curve"][point][key] for one in (self.controls if control else self.runs)]))
-
-
-def _gains(runs: Sequence[dict[str, Any]]) -> np.ndarray:
-    return np.array([[gain(one, i) for i in range(len(one["curve"]))] for one in runs])
+        return float(np.mean([(pair.control if control else pair.run)["curve"][point][key] for pair in self.pairs]))
 
 
 def _error(values: np.ndarray) -> float:
@@ -58,14 +65,16 @@ def _error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
-def by_arm(runs: Sequence[dict[str, Any]]) -> dict[str, Arm]:
-    """Best first. A seed without its control is left out."""
-    found: dict[str, dict[int, dict[bool, Any]]] = defaultdict(lambda: defaultdict(dict))
-    for one in runs:
-        if (trial := one["trial"])["split"] == "heldout":
-            found[f"{trial['select']} + {trial['explore']}"][trial["seed"]][trial["permute"]] = one
-    pairs = {name: [pair for pair in seeds.values() if len(pair) == 2] for name, seeds in found.items()}
-    arms = {name: Arm([p[False] for p in own], [p[True] for p in own]) for name, own in pairs.items() if own}
+def by_arm(store: Store, plan: Plan) -> dict[str, Arm]:
+    """Best first. What is not finished is left out: an arm that is still searched, a seed without its control."""
+    arms = {}
+    for arm in plan.arms:
+        pairs = []
+        with suppress(Missing):
+            for trial in finals(store, plan, *arm):
+                pairs.append(store.pair(trial))
+        if pairs:
+            arms[trial.arm] = Arm(pairs)
     return dict(sorted(arms.items(), key=lambda item: -item[1].learnt[:, -1].mean()))
 
 
@@ -82,14 +91,14 @@ def price(seconds: np.ndarray, values: np.ndarray, level: float = LEVEL) -> floa
 def rows(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     found = []
     for name, arm in arms.items():
-        trial = arm.runs[0]["trial"]
-        row = {"select + explore": name, "lr": trial["lr"], "stiffness": trial["stiffness"], "seeds": len(arm.runs)}
+        trial = arm.trial
+        row = {"select + explore": name, "lr": trial["lr"], "stiffness": trial["stiffness"], "seeds": len(arm.pairs)}
         for i, point in enumerate(trial["points"], 1):
             row[f"gain at {point:g} s"] = _spread(arm.gains[:, i])
-        row[f"control at {point:g} s"] = _spread(_gains(arm.controls)[:, -1])
+        row[f"control at {point:g} s"] = _spread(arm.controls[:, -1])
         for i, point in enumerate(trial["points"], 1):
             row[f"learnt at {point:g} s"] = _spread(arm.learnt[:, i]) + ("" if arm.learns(i) else " (not shown)")
-        row["iterations"] = round(np.mean([one["curve"][-1]["iterations"] for one in arm.runs]))
+        row["iterations"] = round(arm.mean("iterations", -1))
         row |= {title: f"{arm.mean(key, 0):.2f} → {arm.mean(key, -1):.2f} (control {arm.mean(key, -1, True):.2f})"
                 for title, key in SHOWN.items()}  # fmt: skip
         found.append(row)
@@ -101,7 +110,7 @@ def _spread(values: np.ndarray) -> str:
 
 
 def figures(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
-    """What the default gives against Flow-GRPO's way, and what the grouping and the subspace give of it: ratios of the
+    """What the default gives against Flow-GRPO's way, and what the grouping and the subspace give of it: ratios of
     what is learnt per CPU-second at each point, and of the CPU-seconds for the same. Where the seeds do not tell what
     the worse one has learnt from nothing, its mean and two standard errors stand for it: the ratio is at least that."""
     found = []
@@ -115,7 +124,7 @@ def figures(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
         if not {better, worse} <= arms.keys() or not arms[better].learns():
             continue
         more, less = arms[better], arms[worse]
-        for i, point in enumerate(more.runs[0]["trial"]["points"], 1):
+        for i, point in enumerate(more.trial["points"], 1):
             if not more.learns(i):
                 continue
             learnt, sure = less.learnt[:, i], less.learns(i)
@@ -132,17 +141,31 @@ def figures(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     return found
 
 
-def _dev(run: dict[str, Any]) -> bool:
-    return run["trial"]["split"] == "dev"
+def tried(store: Store, plan: Plan) -> list[dict[str, Any]]:
+    """The search: a row per setting, means over the seeds. Controls are there where the gain alone did not decide."""
+    settings: dict[tuple[Any, ...], dict[bool, list[dict[str, Any]]]] = defaultdict(lambda: {False: [], True: []})
+    for one in store.runs:
+        trial = one["trial"]
+        if trial["split"] == "dev" and trial["seed"] in plan.tuning:
+            name = f"{trial['select']} + {trial['explore']}"
+            settings[name, trial["lr"], trial["stiffness"]][trial["permute"]].append(one)
+    found = []
+    for (name, lr, stiffness), runs in settings.items():
+        pairs = [Pair(*pair) for pair in zip(runs[False], runs[True], strict=False)]
+        row = {"select + explore": name, "lr": lr, "stiffness": stiffness}
+        row["gain"] = _mean(gain(one) for one in runs[False])
+        row["control"] = _mean(gain(pair.control) for pair in pairs)
+        row["learnt"] = _mean(pair.learnt() for pair in pairs)
+        ends = [one["curve"][-1] for one in runs[False]]
+        shown = {"PSNR, dB": "canary/psnr_db", "sharpness": "sharpness", "iterations": "iterations"}
+        found.append(row | {title: _mean(end[key] for end in ends) for title, key in shown.items()})
+    return found
 
 
-def tried(run: dict[str, Any]) -> dict[str, Any]:
-    """A row of the search."""
-    trial, end = run["trial"], run["curve"][-1]
-    settings = {name: trial[name] for name in ("lr", "stiffness", "seed")}
-    return {"select + explore": f"{trial['select']} + {trial['explore']}", **settings, "gain": gain(run),
-            "PSNR, dB": end["canary/psnr_db"], "sharpness": end["sharpness"],
-            "iterations": end["iterations"]}  # fmt: skip
+def _mean(values: Iterable[float]) -> float | str:
+    """Blank if there are none."""
+    found = list(values)
+    return float(np.mean(found)) if found else ""
 
 
 def plot(arms: Mapping[str, Arm], path: Path) -> None:
@@ -152,7 +175,7 @@ def plot(arms: Mapping[str, Arm], path: Path) -> None:
         seconds, gains = arm.seconds.mean(0), arm.gains
         (line,) = axes.plot(seconds, gains.mean(0), marker="o", markersize=3, label=name)
         axes.fill_between(seconds, gains.min(0), gains.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
-        axes.plot(seconds, _gains(arm.controls).mean(0), ":", color=line.get_color(), linewidth=1)
+        axes.plot(seconds, arm.controls.mean(0), ":", color=line.get_color(), linewidth=1)
     axes.axhline(0, color="grey", linewidth=0.6)
     axes.set_xlabel("CPU-seconds of training (dotted: advantages permuted)")
     axes.set_ylabel("held-out gain")
@@ -165,22 +188,23 @@ tracker rewards nobody. Control: the same run with the advantages given to rando
 gain above that of the control, seed by seed, where a control that does harm counts as one that does nothing; it is not
 shown where it is less than two standard errors above 0. Every `select` + `explore` has a learning rate
 and a stiffness (the weight of the divergence times sqrt(dimensions of an action)) of its own, found by the same search
-for the highest gain on dev prompts, on average over two seeds. Alike for all: two prompts per iteration, groups of 8, a
+for what is learnt on dev prompts, on average over two seeds. Alike for all: two prompts per iteration, groups of 8, a
 learning rate that falls to 0 at the end, the time embedding trained. Held-out prompts are the seed's own. CPU time is
 that of rollout, rewards and learner in one process; mean ± standard deviation over the seeds.
 """
 
 
-def write_report(runs: Sequence[dict[str, Any]], folder: Path) -> str:
-    """study.md and study.png; returns the text."""
-    arms = by_arm(runs)
+def write_report(path: Path, plan: Plan = PLAN) -> str:
+    """study.md and study.png beside the runs; returns the text."""
+    store, folder = Store(path, train=None), path.parent
+    arms = by_arm(store, plan)
     if not arms:
         return "No held-out run is there yet.\n"
     plot(arms, folder / "study.png")
     parts = [ABOUT, "![gain over CPU-seconds](study.png)\n", table(rows(arms))]
     if compared := figures(arms):
         parts.append(table(compared))
-    parts += ["The search, on dev prompts:\n", table([tried(one) for one in runs if _dev(one)])]
+    parts += ["The search, on dev prompts:\n", table(tried(store, plan))]
     text = "\n".join(parts)
     (folder / "study.md").write_text(text)
     return text
