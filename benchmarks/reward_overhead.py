@@ -2,7 +2,7 @@
 
 python -m benchmarks.reward_overhead
 
-A chunk is what a rollout worker hands over by default: 4 prompts, 6 blocks, groups of 8, 192 clips of 3 to 13 frames of
+A chunk is what a rollout worker hands over: 4 prompts, 6 blocks, groups of 8, 192 clips of 3 to 13 frames of
 64 x 64. It lies in the object store; the time is that from submitting it to holding its scores. Writes
 benchmarks/results/reward_overhead.{json,md}.
 """

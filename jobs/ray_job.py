@@ -54,7 +54,7 @@ class RayJob:
     @property
     def runtime_env(self) -> dict[str, Any]:
         """With the repository as working_dir: Ray packs it, at most 512 MiB, and unpacks it on every node."""
-        excludes = [*(f"/{name}" for name in LEFT_BEHIND), "*.mp4", "__pycache__"]
+        excludes = [*(f"/{name}" for name in LEFT_BEHIND), "__pycache__"]
         return {"working_dir": str(ROOT), "excludes": excludes, "env_vars": self.env_vars}
 
     @property
@@ -125,7 +125,7 @@ def check_paths(c: TrainConfig) -> None:
     that or, like all that it writes, lie on storage that every node sees."""
     if Path.cwd() != ROOT:
         raise ConfigError(f"jobs.submit sends the repository along: run it in {ROOT}, not in {Path.cwd()}")
-    wan, store = c.policy.wan, c.tracking.uri or ""
+    wan = c.policy.wan
     rewards = {f"rewards.{name}.fn": str(t["fn"]).rpartition(":")[0] for name, t in c.rewards.items() if t}
     read = {
         "policy.path": c.policy.path,
@@ -137,7 +137,8 @@ def check_paths(c: TrainConfig) -> None:
     }
     written = {
         "run_dir": c.run_dir or "null",
-        "tracking.uri": store.removeprefix("sqlite:///") if store.startswith("sqlite:///") else None,
+        "train.checkpoint_url": _folder(c.train.checkpoint_url),
+        "tracking.uri": _folder(c.tracking.uri),
         "policy.wan.text_cache": wan and wan.text_cache,
     }
     for key, path in read.items():
@@ -152,6 +153,12 @@ def check_paths(c: TrainConfig) -> None:
                 f"{key}={path} would be lost with the job's own folder; give an absolute path that every node sees"
                 + ", the address of an MLflow server, or null" * (key == "tracking.uri")
             )
+
+
+def _folder(uri: str | None) -> str | None:
+    """What a URI names on the machine's own disk; None if it names something elsewhere."""
+    path = re.sub("^(sqlite:///|file://|file:)", "", uri or "")
+    return None if "://" in path or path == "databricks" else path
 
 
 def shortage(specs: Sequence[FleetSpec], nodes: Sequence[Mapping[str, float]]) -> str:

@@ -63,6 +63,9 @@ def test_nothing_is_submitted_where_no_cluster_answers(monkeypatch, capsys):
         ("run_dir=outputs/first", "run_dir=outputs/first would be lost"),
         ("run_dir=null", "run_dir=null would be lost"),
         ("tracking.uri=sqlite:///mlflow.db", "tracking.uri=mlflow.db would be lost"),
+        ("tracking.uri=file:mlruns", "tracking.uri=mlruns would be lost"),
+        ("tracking.uri=mlruns", "tracking.uri=mlruns would be lost"),
+        ("train.checkpoint_url=outputs/copy", "train.checkpoint_url=outputs/copy would be lost"),
         ("policy.weights=outputs/best.safetensors", "policy.weights=outputs/best.safetensors is not sent"),
         ("policy.weights=policy/none.safetensors", "policy.weights=policy/none.safetensors does not exist"),
         ("resume=outputs/train/latest", "resume=outputs/train/latest is not sent"),
@@ -72,6 +75,15 @@ def test_nothing_is_submitted_where_no_cluster_answers(monkeypatch, capsys):
 def test_a_job_that_could_not_run_or_would_lose_its_results_is_refused(override, told):
     with pytest.raises((ConfigError, ValueError), match=told):
         make_job([*RUN, override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["tracking.uri=sqlite:////shared/mlflow.db", "tracking.uri=databricks", "train.checkpoint_url=s3://bucket/run",
+     "train.checkpoint_url=file:///shared/copy"],
+)  # fmt: skip
+def test_what_every_node_sees_is_accepted(override):
+    assert override in make_job([*RUN, override]).overrides
 
 
 def test_a_job_is_sent_from_the_repository_alone(monkeypatch, tmp_path):

@@ -152,16 +152,23 @@ def test_the_documented_commands_run_one_after_the_other(home, tmp_path):
     places = {
         "/models/wan": home / "wan", "/models/self_forcing_dmd.pt": tmp_path / "student.pt",
         "/data/drags": home / "drags", "/data/clips": home / "clips", "/data/texts": tmp_path / "texts",
-        "outputs": tmp_path, "step_000030": "step_000001",
+        "outputs": tmp_path, "step_000030": "step_000001", "step_002000": "step_000001",
     }  # fmt: skip
-    assert len(COMMANDS) == 11
-    for _, _, job, *overrides in COMMANDS:
+
+    def run(job: str, *overrides: str) -> None:
         given = [reduce(lambda w, place: w.replace(place, str(places[place])), places, word) for word in overrides]
         name = job.removeprefix("jobs.")
         if (small := TINY.get(name, LOOP)) is not None:
             given = [f"run_dir={tmp_path / job}", *given, *SHAPE, *small]
         last = {word.split("=")[0]: word for word in given}
         assert run_job(name, *last.values()) == 0, f"{job} {overrides}"
+
+    assert len(COMMANDS) == 12
+    for _, _, job, *overrides in COMMANDS:
+        run(job, *overrides)
     for name in ("wan_tuned", "wan_lora_tuned"):
         exported = WanTransformer3DModel.from_pretrained(tmp_path / name, torch_dtype=torch.bfloat16)
         assert exported.config.in_channels == 36
+    (adapters,) = [words for words in COMMANDS if "run_dir=outputs/wan_lora" in words]
+    taught = ("policy.path=outputs/wan_taught_model", "policy.wan.base=/models/wan", "run_dir=outputs/taught_lora")
+    run(*adapters[2:], *taught)
