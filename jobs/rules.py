@@ -19,6 +19,13 @@ def rollout_rules(r: RolloutConfig) -> list[Rule]:
         (r.group_size >= 2, f"rollout.group_size={r.group_size}: a group needs at least 2 members to compare"),
         (0 < r.eta <= 1, f"rollout.eta={r.eta} must lie in (0, 1]: with 0 nothing is explored"),
         (r.amplitude > 0, f"rollout.amplitude={r.amplitude} must be above 0"),
+        (
+            not r.renoise or r.eta == 1,
+            f"rollout.renoise=true draws fresh noise at every step, which is rollout.eta=1, not {r.eta}",
+        ),
+        (r.cell >= 1, f"rollout.cell={r.cell} (latent pixels) must be at least 1"),
+        (r.radius >= 0, f"rollout.radius={r.radius} (px; 0: everywhere) must be at least 0"),
+        (r.horizon >= 0, f"rollout.horizon={r.horizon} must be at least 0"),
         (not r.antithetic or r.group_size % 2 == 0, "rollout.antithetic needs an even rollout.group_size"),
         (
             r.prompts_per_task >= 1 and r.prompts_per_iteration % r.prompts_per_task == 0,
@@ -39,6 +46,7 @@ def learner_rules(l: LearnerConfig) -> list[Rule]:
             l.decay_iterations is None or l.decay_iterations >= 1,
             f"learner.decay_iterations={l.decay_iterations} must be at least 1, or null for a constant rate",
         ),
+        (l.clip > 0, f"learner.clip={l.clip} must be above 0"),
         (0 <= l.ema < 1, f"learner.ema={l.ema} must lie in [0, 1)"),
         (
             l.kl_target is None or (l.kl_target > 0 and l.beta > 0),

@@ -30,7 +30,9 @@ class Subspace(Protocol):
 
 @dataclass(frozen=True)
 class Basis:
-    """Explicit directions: `vectors` [P, D, C, f, h, w], orthonormal; coordinates [P, (G,) D]."""
+    """Explicit directions: `vectors` [P, D, C, f, h, w], orthonormal or zero; coordinates [P, (G,) D], zero along the
+    latter.
+    """
 
     vectors: Tensor
 
@@ -43,14 +45,18 @@ class Basis:
         return torch.einsum(f"pdcfhw,p{group}d->p{group}cfhw", self.vectors, coordinates)
 
     def noise(self, generators: list[list[torch.Generator]]) -> Tensor:
-        directions = self.vectors.shape[1]
-        return _draw(generators, (directions,), self.vectors.device)
+        drawn = _draw(generators, self.vectors.shape[1:2], self.vectors.device)
+        return drawn * self._live().unsqueeze(1)
 
     def mean_square(self, coordinates: Tensor) -> Tensor:
-        return coordinates.square().mean(-1)
+        return coordinates.square().sum(-1) / self._live().sum(1, keepdim=True).clamp(min=1)
 
     def rows(self, index: Tensor) -> Basis:
         return Basis(self.vectors[index])
+
+    def _live(self) -> Tensor:
+        """bool [P, D]"""
+        return self.vectors.flatten(2).any(2)
 
 
 @dataclass(frozen=True)
@@ -88,15 +94,19 @@ class Cells:
         return self.inside if like.ndim == 5 else self.inside.unsqueeze(1)
 
 
-def tangent_basis(v: Tensor, moved: Tensor) -> Basis:
+def tangent_basis(v: Tensor, moved: Tensor, live: Tensor) -> Basis:
     """The directions in which the policy's own prediction moves when its control moves.
 
     v [P, C, f, h, w]: the prediction; moved [P, D, C, f, h, w]: the predictions with the drag shifted by one pixel,
-    one per frame and axis. Returns their differences, orthonormalised (QR). "Where could the object be a bit to the
-    left", in the policy's terms.
+    one per frame and axis; live bool [P, D]: False where nothing of the drag can be seen, and so nothing moves but
+    rounding. Returns their differences, orthonormalised (QR), zero where not live. "Where could the object be a bit to
+    the left", in the policy's terms.
     """
-    differences = (moved - v.unsqueeze(1)).flatten(2).transpose(1, 2).double()
-    vectors = torch.linalg.qr(differences).Q.transpose(1, 2)
+    differences = (moved - v.unsqueeze(1)).flatten(2).double()
+    order = live.int().argsort(stable=True, dim=1, descending=True)  # the live ones first: no other may bend them
+    rows = torch.arange(len(v), device=v.device)[:, None]
+    vectors = torch.linalg.qr(differences[rows, order].transpose(1, 2)).Q.transpose(1, 2)
+    vectors = vectors[rows, order.argsort(1)] * live[:, :, None]
     return Basis(vectors.float().unflatten(2, v.shape[1:]).contiguous())
 
 
@@ -109,7 +119,7 @@ def cells_near(
     pixel.
     """
     if latent[0] % size or latent[1] % size:
-        raise ValueError(f"explore.cell: {size} does not divide the latent picture {latent[0]}x{latent[1]}")
+        raise ValueError(f"rollout.cell={size} does not divide the latent picture {latent[0]}x{latent[1]}")
     axes = [((torch.arange(n // size) + 0.5) * size * stride - 0.5) for n in latent]
     y, x = torch.meshgrid(*axes, indexing="ij")
     if not radius:

@@ -72,15 +72,10 @@ class Kernel:
         return x + drift * step, self.eta * math.sqrt(-step)
 
     def inside(self, x: Tensor, v: Tensor, s: float, s2: float) -> tuple[Tensor, float]:
-        """Mean (like x) and std as the exploration subspace sees them."""
+        """Mean (like x) and std as the exploration subspace sees them; outside it the step is that of an unselected
+        one."""
         mean, std = self.moments(x, v, s, s2)
         return (mean, std) if self.amplitude == 1 else (ode_step(x, v, s, s2), std * self.amplitude)
-
-    def law(self, x: Tensor, v: Tensor, s: float, s2: float, subspace: Subspace) -> tuple[Tensor, float]:
-        """Mean and std of the transition that is stochastic inside the subspace alone and the ODE step outside it."""
-        mean, std = self.inside(x, v, s, s2)
-        ode = ode_step(x, v, s, s2)
-        return ode + subspace.lift(subspace.project(mean - ode)), std
 
 
 def ode_step(x: Tensor, v: Tensor, s: float, s2: float) -> Tensor:
@@ -105,7 +100,7 @@ def transition(
     as a MEAN over the coordinates.
     """
     x, v = x.float(), v.float()
-    mean, std = kernel.law(x, v, s, s2, subspace)
+    mean, std = kernel.inside(x, v, s, s2)
     centre = subspace.project(mean).unsqueeze(1)
     if coordinates is None:
         coordinates = (centre + std * noise).detach()
@@ -113,10 +108,8 @@ def transition(
     return coordinates, -0.5 * (z2 + math.log(2 * math.pi)) - math.log(std)
 
 
-def place(kernel: Kernel, subspace: Subspace, x: Tensor, v: Tensor, s: float, s2: float, coordinates: Tensor) -> Tensor:
-    """The states x_s2 [P, G, C, f, h, w] whose coordinates in the subspace are the given ones; the ODE step outside
-    it.
-    """
-    mean, _ = kernel.law(x, v, s, s2, subspace)
-    moved = coordinates - subspace.project(mean).unsqueeze(1)
-    return mean.unsqueeze(1) + subspace.lift(moved)
+def place(subspace: Subspace, after: Tensor, coordinates: Tensor) -> Tensor:
+    """The states [P, G, C, f, h, w] whose coordinates in the subspace are the given ones [P, G, ...]; outside it they
+    are `after` [P, C, f, h, w], where an unselected step leads."""
+    moved = coordinates - subspace.project(after).unsqueeze(1)
+    return after.unsqueeze(1) + subspace.lift(moved)

@@ -108,10 +108,11 @@ class GroupSampler:
             stream = begun.rows(_index([line.prompt for line in lines], first))
         while lines:
             stream, lines = self._block(stream, lines, groups, plans)
-        rows = {i: slice(i, i + 1) for i in range(len(prompts))}
+        # Copies: a slice would take the control of all prompts with it wherever the replay is sent.
+        control, text = ([row.clone() for row in part.split(1)] for part in (begun.control, begun.text))
         replays = [
-            Replay(torch.cat(line.history, 2), begun.control[rows[line.prompt]], begun.text[rows[line.prompt]],
-                   tuple(line.actions), version) for line in actors
+            Replay(torch.cat(line.history, 2), control[line.prompt], text[line.prompt], tuple(line.actions), version)
+            for line in actors
         ]  # fmt: skip
         return [group.rollout(prompts, self.sampler, version) for group in groups], replays
 
@@ -142,7 +143,7 @@ class GroupSampler:
             after = sampler.advance(x, v, k, [plans[line.prompt] for line in lines], block)
             if rows:
                 chosen = [lines[r] for r in rows]
-                explored = self._explore(stream, parents[at], x[at], v[at], moved, k, chosen, plans)
+                explored = self._explore(stream, parents[at], x[at], v[at], moved, after[at], k, chosen, plans)
                 names = self._group_ids([plans[line.prompt] for line in chosen], block if branching else None)
                 for line, action in zip(chosen, explored.actions(x[at], names, [line.members for line in chosen])):
                     line.actions.append(action)
@@ -212,11 +213,14 @@ class GroupSampler:
         own = torch.eye(control.shape[2], dtype=torch.bool, device=control.device)[:, None, :, None, None]
         return torch.where(own, moved[:, :, None], control[:, None, None]).flatten(1, 2)
 
-    def _explore(self, stream: Stream, parents: Tensor, x: Tensor, v: Tensor, moved: Tensor | None, step: int,
-                 lines: Sequence[Line], plans: Sequence[NoisePlan]) -> Explored:  # fmt: skip
-        """Samples the selected transition of each line for its members."""
+    def _explore(self, stream: Stream, parents: Tensor, x: Tensor, v: Tensor, moved: Tensor | None, after: Tensor,
+                 step: int, lines: Sequence[Line], plans: Sequence[NoisePlan]) -> Explored:  # fmt: skip
+        """Samples the selected transition of each line for its members; after: where the step leads unselected."""
         (s, s2), kernel = self.sampler.levels[step], self.settings.kernel
-        subspace = self._cells(stream, parents) if moved is None else tangent_basis(v, moved)
+        if moved is None:
+            subspace = self._cells(stream, parents)
+        else:
+            subspace = tangent_basis(v, moved, self._seen(stream, parents).repeat(1, 2))
         pair = 2 if self.settings.antithetic else 1
         noise = subspace.noise(
             [[plans[line.prompt].exploration(stream.block, step, g // pair) for g in line.members] for line in lines]
@@ -225,8 +229,12 @@ class GroupSampler:
             sign = torch.tensor([[1.0 - 2 * (g % 2) for g in line.members] for line in lines], device=x.device)
             noise = noise * sign.view(*sign.shape, *[1] * (noise.ndim - 2))
         coordinates, logp = transition(kernel, subspace, x, v, s, s2, noise=noise)
-        states = place(kernel, subspace, x, v, s, s2, coordinates)
-        return Explored(stream.block, step, s, s2, subspace, coordinates, logp, states)
+        return Explored(stream.block, step, s, s2, subspace, coordinates, logp, place(subspace, after, coordinates))
+
+    def _seen(self, stream: Stream, rows: Tensor) -> Tensor:
+        """Whether any point can be seen in each latent frame of the next block, bool [n, f]."""
+        visible = stream.drag.visible[rows, self.sampler.video(stream.block)].any(-1)
+        return visible.unflatten(1, (self.policy.sizes[stream.block], -1)).any(-1)
 
     def _cells(self, stream: Stream, rows: Tensor) -> Subspace:
         # The last video frame of each latent frame: its drag is what the latent frame ends with.

@@ -62,7 +62,7 @@ class ReplayBatch:
         """How far the mean has moved since `old`: |mu - mu_old|^2 / (2 std^2), mean over the coordinates, [A, 1]."""
 
         def moved(rows, s, s2, subspace, x, _) -> Tensor:
-            (mean, std), (old_mean, _) = (kernel.law(x, v[rows], s, s2, subspace) for v in (velocity, old))
+            (mean, std), (old_mean, _) = (kernel.inside(x, v[rows], s, s2) for v in (velocity, old))
             return subspace.mean_square(subspace.project(mean - old_mean).unsqueeze(1)) / (2 * std**2)
 
         return self._by_step(moved)

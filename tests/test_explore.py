@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny import difference, noise, plans, prompts, tiny_policy
@@ -10,6 +11,8 @@ from rollout.group import GroupSampler, RolloutSettings
 from rollout.sampler import Sampler
 
 SHAPE = (3, 4, 2, 8, 8)
+SEEN = torch.ones(3, 4, dtype=torch.bool)
+HALF = torch.tensor([[True, False, True, False], [False, False, False, True], [True, True, True, True]])
 
 
 def near(size=2, radius=10.0):
@@ -22,8 +25,14 @@ def near(size=2, radius=10.0):
 
 
 def subspaces():
-    tangent = tangent_basis(noise(*SHAPE), noise(3, 4, *SHAPE[1:], seed=1))
-    return {"tangent": tangent, "coarse": near(4, 0.0)[0], "near": near()[0], "white": near(1, 0.0)[0]}
+    tangent, hidden = (tangent_basis(noise(*SHAPE), noise(3, 4, *SHAPE[1:], seed=1), live) for live in (SEEN, HALF))
+    return {
+        "tangent": tangent,
+        "hidden": hidden,
+        "coarse": near(4, 0.0)[0],
+        "near": near()[0],
+        "white": near(1, 0.0)[0],
+    }
 
 
 def drawn(subspace, members, seed=0):
@@ -86,7 +95,7 @@ def test_cells_lie_within_the_radius_of_a_visible_point_or_nearest_to_it():
 
 
 def test_a_cell_that_does_not_divide_the_picture_is_refused():
-    with pytest.raises(ValueError, match=r"explore.cell: 3 does not divide the latent picture 8x8"):
+    with pytest.raises(ValueError, match=r"rollout.cell=3 does not divide the latent picture 8x8"):
         near(size=3)
 
 
@@ -110,21 +119,44 @@ def test_the_noise_of_a_member_depends_on_its_own_generator_alone():
 def test_the_tangent_basis_spans_the_finite_differences():
     v = noise(*SHAPE)
     moved = v.unsqueeze(1) + 0.01 * noise(3, 4, *SHAPE[1:], seed=1)
-    assert outside(tangent_basis(v, moved), moved - v.unsqueeze(1)) < 1e-4
-    assert outside(tangent_basis(v, moved), noise(3, 4, *SHAPE[1:], seed=2)) > 0.9
+    assert outside(tangent_basis(v, moved, SEEN), moved - v.unsqueeze(1)) < 1e-4
+    assert outside(tangent_basis(v, moved, SEEN), noise(3, 4, *SHAPE[1:], seed=2)) > 0.9
 
 
-def outside(basis, x):
+def outside(basis, x, rows=slice(None)):
     """The largest share of a vector x [P, M, C, f, h, w] that the basis leaves out."""
+    basis = basis.rows(rows)
     rest = x - basis.lift(basis.project(x))
     return (rest.flatten(2).norm(dim=2) / x.flatten(2).norm(dim=2)).max().item()
 
 
-def test_the_tangent_of_a_drag_that_nobody_sees_is_still_a_basis():
+def test_the_tangent_has_no_direction_where_nobody_sees_the_drag():
     v = noise(*SHAPE)
-    basis = tangent_basis(v, v.unsqueeze(1).expand(-1, 4, -1, -1, -1, -1))
-    a = drawn(basis, 3)
-    assert difference(basis.project(basis.lift(a)), a) < 1e-5
+    moved = v.unsqueeze(1) + torch.where(HALF[:, :, None, None, None, None], noise(3, 4, *SHAPE[1:], seed=1), 1e-6)
+    basis = tangent_basis(v, moved, HALF)
+    assert torch.equal(basis.vectors.flatten(2).any(2), HALF)
+    assert outside(basis, (moved - v.unsqueeze(1))[:1, [0, 2]], slice(0, 1)) < 1e-5  # what is left is not bent by it
+    blind = tangent_basis(v, moved, torch.zeros_like(HALF))
+    a = drawn(blind, 3)
+    assert not blind.lift(a).any() and not blind.mean_square(a).any()
+    assert tangent_basis(v, moved, SEEN).vectors.flatten(2).any(2).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("select", ["trunk", "video", "frame"])
+def test_members_are_alike_in_the_blocks_where_the_drag_is_hidden(select):
+    seen = prompts(1)[0]
+    hidden = replace(seen, visible=seen.visible & (np.arange(len(seen.visible)) < 5)[:, None])  # of blocks 3 and 4
+
+    def spread(prompt):
+        """Grey levels between members, by block."""
+        settings = RolloutSettings(select, 3, "tangent", Kernel(amplitude=8.0))
+        plan = [replace(plans([prompt], select)[0], selected=((3, 1),))]
+        (group,), replays = GroupSampler(tiny_policy(), settings).rollout([prompt], plan, 0)
+        assert all(action.logp.isfinite().all() for replay in replays for action in replay.actions)
+        return np.ptp(group.members.astype(int), axis=0).max()
+
+    assert spread(hidden) <= 1 < 5 < spread(seen)
 
 
 @torch.no_grad()

@@ -178,6 +178,18 @@ def test_unselected_steps_of_a_renoising_sampler_draw_what_the_group_shares():
     assert not sampler.advance(x, x, 2, made, block=1).any()  # the last step draws nothing
 
 
+@pytest.mark.parametrize("renoise", [True, False])
+def test_a_twig_leaves_the_path_of_the_deployed_policy_in_the_subspace_alone(renoise):
+    faint = replace(settings("trunk", renoise=renoise), kernel=Kernel(eta=1.0, amplitude=1e-6))
+    some, made, groups, _ = rolled(faint, count=1)
+    away = {}
+    for deployed in (True, False):
+        video = Sampler(tiny_policy(), deployed).generate(some, made)[0]
+        twigs = groups[0]  # of the first block, before which both are the same
+        away[deployed] = np.abs(twigs.members[0].astype(int) - video[1:3]).mean()
+    assert away[renoise] < 0.2 * away[not renoise]
+
+
 def test_the_first_frame_and_the_prompt_decide_the_video():
     policy, some = tiny_policy(), prompts(2)
     sampler, made = Sampler(policy), plans(some, "trunk")

@@ -73,7 +73,7 @@ def test_the_divergence_is_the_kl_of_unit_gaussians_around_the_velocities():
 def score_lengths(kernel, z):
     """Length of d log p / d v at the same noise z [1, 1, 4] in four directions, per step of the schedule."""
     x, v = noise(1, 3, 2, 4, 4), noise(1, 3, 2, 4, 4, seed=1)
-    subspace = tangent_basis(v, noise(1, 4, 3, 2, 4, 4, seed=2))
+    subspace = tangent_basis(v, noise(1, 4, 3, 2, 4, 4, seed=2), torch.ones(1, 4, dtype=torch.bool))
     for s, s2 in STEPS:
         at = v.clone().requires_grad_()
         coordinates, _ = transition(kernel, subspace, x, v, s, s2, noise=z)
@@ -95,11 +95,11 @@ def test_the_scale_makes_the_gradients_of_all_steps_equally_long(name, amplitude
 def ratios(kernel, move, z):
     """Per step: log rho after v has moved by `move`, its RatioNorm, and z (mu - mu_old); z [1, M, 4] drawn before."""
     x, v = noise(1, 3, 2, 4, 4), noise(1, 3, 2, 4, 4, seed=1)
-    subspace = tangent_basis(v, noise(1, 4, 3, 2, 4, 4, seed=2))
+    subspace = tangent_basis(v, noise(1, 4, 3, 2, 4, 4, seed=2), torch.ones(1, 4, dtype=torch.bool))
     for s, s2 in STEPS:
         coordinates, old = transition(kernel, subspace, x, v, s, s2, noise=z)
         _, logp = transition(kernel, subspace, x, v + move, s, s2, coordinates=coordinates)
-        means = [subspace.project(kernel.law(x, at, s, s2, subspace)[0]) for at in (v + move, v)]
+        means = [subspace.project(kernel.inside(x, at, s, s2)[0]) for at in (v + move, v)]
         moved, std = (means[0] - means[1]).unsqueeze(1), spread(kernel, s, s2)
         drift = moved.square().mean(-1) / (2 * std**2)
         yield logp - old, ratio_norm(logp - old, drift, torch.tensor([[std]])), (z * moved).mean(-1), drift

@@ -30,7 +30,7 @@ def normal(subspace, members):
 def sampled(kernel, subspace, x, v, s, s2, members):
     """States [P, members, C, f, h, w] after the selected transition."""
     coordinates, _ = transition(kernel, subspace, x, v, s, s2, noise=normal(subspace, members))
-    return place(kernel, subspace, x, v, s, s2, coordinates)
+    return place(subspace, ode_step(x, v, s, s2), coordinates)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -164,10 +164,23 @@ def test_outside_the_subspace_the_transition_is_the_ode_step():
     assert ((everywhere - ode_step(x, v, s, s2).unsqueeze(1)).abs() > 0).all()
 
 
+def test_outside_the_subspace_a_state_is_where_an_unselected_step_leads():
+    (s, s2), (x, v, _) = STEPS[0], state((2, 3, 2, 4, 4))
+    inside = torch.zeros(2, 1, 2, 2, 2, dtype=torch.bool)
+    inside[:, :, 0, 1, 1] = True
+    coarse, renoised = Cells(2, 3, inside), (1 - s2) * (x - s * v) + s2 * noise(*x.shape, seed=9)
+    coordinates, _ = transition(Kernel(eta=1.0), coarse, x, v, s, s2, noise=normal(coarse, 4))
+    after = place(coarse, renoised, coordinates)
+    assert difference(coarse.project(after), coordinates) < 1e-5
+    rest = after - renoised.unsqueeze(1)
+    assert difference(coarse.lift(coarse.project(rest)), rest) < 1e-6
+    assert difference(renoised, ode_step(x, v, s, s2)) > 0.1
+
+
 def test_an_amplitude_widens_the_spread_around_the_ode_step():
-    (s, s2), (x, v, subspace) = STEPS[0], state()
-    mean, std = Kernel(eta=0.5, amplitude=4.0).law(x, v, s, s2, subspace)
-    plain_mean, plain_std = Kernel(eta=0.5).law(x, v, s, s2, subspace)
+    (s, s2), (x, v, _) = STEPS[0], state()
+    mean, std = Kernel(eta=0.5, amplitude=4.0).inside(x, v, s, s2)
+    plain_mean, plain_std = Kernel(eta=0.5).inside(x, v, s, s2)
     assert std == pytest.approx(4 * plain_std) and torch.equal(mean, ode_step(x, v, s, s2))
     assert difference(plain_mean, mean) > 1e-2
 
