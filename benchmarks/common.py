@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import platform
 import statistics
@@ -21,10 +22,10 @@ from jobs.build import learner_settings, loop_settings, make_kernel, policy_sour
 from jobs.plugins import make_terms
 from policy.causal import freeze
 from rl.learner import Learner
-from rl.loop import credit
+from rl.loop import chunks, credit
 from rl.reward_worker import GroupScores, RewardWorker
 from rollout.group import GroupSampler
-from rollout.plan import NoisePlan, make_plan
+from rollout.plan import NoisePlan
 from rollout.records import GroupRollout, Replay
 from rollout.sprites import SpriteWorld
 
@@ -70,7 +71,7 @@ class BareLearner(Learner):
 
     def join(self, rank: int = 0, address: tuple[str, int] | None = None) -> None:
         net, s = self.policy.net, self.settings
-        self.rank, self.reference = rank, self.policy.reference()
+        self.rank, self.reference = rank, self.policy.reference() if s.beta else None
         freeze(net.model, s.freeze)
         self.engine = BareEngine(net, self._optimizer()(net.parameters()), s.grad_clip)
         self.averaged = {name: p.detach().clone() for name, p in self.policy.state_dict().items()}
@@ -91,20 +92,14 @@ class Bare:
         self.judge = RewardWorker(partial(make_terms, c.rewards), c.fps)
         self.world = SpriteWorld(self.policy.settings.size, self.policy.settings.frames, seed=c.prompts.world_seed)
 
-    def plan(self, iteration: int, prompt_id: str) -> NoisePlan:
-        s, blocks, steps = self.sampler.settings, len(self.policy.sizes) - 1, len(self.policy.sigmas) - 1
-        return make_plan(self.config.seed, iteration, prompt_id, s.select, s.group_size, blocks, steps)
-
     def rollout(
         self, iteration: int, plan: Callable[[int, NoisePlan], NoisePlan] = lambda i, plan: plan
     ) -> tuple[list[GroupRollout], list[list[Replay]]]:
         """plan: what the i-th prompt's plan is changed into."""
-        r = self.config.rollout
-        first = self.config.seed * 1_000_000 + iteration * r.prompts_per_iteration
-        groups, replays = [], []
-        for start in range(0, r.prompts_per_iteration, r.prompts_per_task):
-            prompts = [self.world.prompt("train", first + start + i) for i in range(r.prompts_per_task)]
-            plans = [plan(start + i, self.plan(iteration, p.id)) for i, p in enumerate(prompts)]
+        groups, replays, i = [], [], itertools.count()
+        for chunk in chunks(self.loop, iteration):
+            prompts = [self.world.prompt("train", index) for index in chunk]
+            plans = [plan(next(i), self.sampler.plan(self.config.seed, iteration, p.id)) for p in prompts]
             found = self.sampler.rollout(prompts, plans, self.learner.version)
             groups += found[0]
             replays.append(found[1])

@@ -39,7 +39,7 @@ def once(parts: Bare, iteration: int) -> dict[str, float]:
     rollout_frames = counter.taken()
     scores, reward_s = cpu_seconds(lambda: parts.score(groups))
     _, learn_s = cpu_seconds(lambda: parts.learn(replays, scores, iteration))
-    return {"groups": sum(len(group.starts) for group in groups), "rollout_s": rollout_s, "reward_s": reward_s,
+    return {"groups": sum(len(group.blocks) for group in groups), "rollout_s": rollout_s, "reward_s": reward_s,
             "learn_s": learn_s, "rollout_frames": rollout_frames, "learn_frames": counter.taken()}  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def cached(policy: DragPolicy, prompts: list, plans: list[NoisePlan]) -> Tensor:
     stream, first = sampler.begin(prompts)
     latents = [first]
     while stream.block < len(sampler.frames):
-        latents.append(sampler.finish(stream, sampler.initial(plans, stream.block), 0, plans))
+        latents.append(sampler.finish(stream, sampler.initial(plans, stream.block), plans))
         stream = sampler.append(stream, latents[-1])
     return torch.cat(latents, 2)
 
@@ -51,7 +51,7 @@ def measure(prompts: int, repeats: int, *overrides: str) -> list[dict[str, Any]]
     policy = load_policy(policy_source(read_config(*overrides).policy))
     world = SpriteWorld(policy.settings.size, policy.settings.frames)
     some = [world.prompt("heldout", i) for i in range(prompts)]
-    plans = [NoisePlan((0, "generate", p.id), 1, ()) for p in some]
+    plans = [NoisePlan((0, "generate", p.id), ()) for p in some]
     counter, sides, frames, latents = FrameCounter(policy.net.model), {}, {}, []
     for name, way in (("KV cache", cached), ("whole history", rerun)):
         sides[name] = lambda way=way: way(policy, some, plans)

@@ -28,7 +28,7 @@ def measure(members: int, repeats: int, *overrides: str) -> list[dict[str, Any]]
     pairs = [(block, step) for block in range(1, blocks + 1) for step in range(steps - 1)]
     prompts = [world.prompt("train", i) for i in range(len(pairs))]
     plans = [
-        replace(make_plan(0, 0, prompt.id, "video", members, blocks, steps), selected=(pair,))
+        replace(make_plan(0, 0, prompt.id, "video", blocks, steps), selected=(pair,))
         for prompt, pair in zip(prompts, pairs)
     ]
     counter, frames, sides = FrameCounter(policy.net.model), {}, {}

@@ -57,7 +57,7 @@ class SleepingJudge(Sleeper):
 
         self.note("score", step, None)
         frames = {TERM: np.array([[0, 1], [0, 0]], np.float32)}
-        return [GroupScores(name, {1: 1}, frames, {}, {}) for name in groups]
+        return [GroupScores(name, {1: range(1, 2)}, frames, {}, {}) for name in groups]
 
 
 class SleepingLearner(Sleeper):

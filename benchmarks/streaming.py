@@ -26,7 +26,7 @@ from policy.transition import Kernel
 from policy.wan import DTYPES, WAN_1_3B, WanSettings, make_control
 from policy.wan_codec import WanCodec
 from rollout.group import GroupSampler, RolloutSettings
-from rollout.plan import NoisePlan, make_plan
+from rollout.plan import NoisePlan
 from rollout.prompts import DragPrompt
 from rollout.replay import ReplayBatch
 from rollout.sampler import Sampler
@@ -81,10 +81,10 @@ def now(device: str) -> float:
 def stream(policy: DragPolicy, device: str, index: int) -> list[float]:
     """Seconds from the prompt to the pixels of the first generated block, then from block to block."""
     sampler, prompt = Sampler(policy), random_prompt(policy.settings, index)
-    plan, took, last = [NoisePlan((0, "generate", prompt.id), 1, ())], [], now(device)
+    plan, took, last = [NoisePlan((0, "generate", prompt.id), ())], [], now(device)
     state, _ = sampler.begin([prompt])
     while state.block < len(sampler.frames):
-        block = sampler.finish(state, sampler.initial(plan, state.block), 0, plan)
+        block = sampler.finish(state, sampler.initial(plan, state.block), plan)
         _, state = sampler.decode(state, block)
         took.append(now(device) - last)
         last = now(device)
@@ -100,8 +100,8 @@ def train_step(
     """
     settings = RolloutSettings("trunk", members, "tangent", Kernel("cps", 0.5, 4.0))
     prompt, begin = random_prompt(policy.settings, index), now(device)
-    plan = make_plan(0, index, prompt.id, "trunk", members, len(policy.sizes) - 1, len(policy.sigmas) - 1)
-    _, replays = GroupSampler(policy, settings).rollout([prompt], [plan], 0)
+    sampler = GroupSampler(policy, settings)
+    _, replays = sampler.rollout([prompt], [sampler.plan(0, index, prompt.id)], 0)
     rolled = now(device)
     batch = ReplayBatch(tuple(replays))
     sum(logp.mean() for logp in batch.log_probs(settings.kernel, batch.velocity(policy, policy.net))).backward()

@@ -135,7 +135,7 @@ def credit(
     scores: Sequence[GroupScores], terms: Mapping[str, TermWeight], settings: LoopSettings, iteration: int
 ) -> Advantages:
     """Advantages per group and block. A term that failed on a group is NaN there and masked."""
-    asked = [(group, block) for group in scores for block in group.starts]
+    asked = [(group, block) for group in scores for block in group.blocks]
     by_term = {
         name: np.stack([group.block(name, block, settings.reward_to_go) for group, block in asked]) for name in terms
     }
@@ -156,7 +156,7 @@ def summarise(scores: Sequence[GroupScores], terms: Mapping[str, TermWeight]) ->
     for name in scores[0].frames:
         values = [g.frames[name] for g in scores]
         metrics[f"reward/{name}"] = float(np.mean([np.nanmean(v) for v in values if np.isfinite(v).any()] or [np.nan]))
-        per_member = [g.block(name, b, True) for g in scores for b in g.starts]
+        per_member = [g.block(name, b, True) for g in scores for b in g.blocks]
         spread = np.array([np.nanstd(m) for m in per_member if np.isfinite(m).any()])
         metrics[f"group/{name}/std"] = float(spread.mean()) if len(spread) else float("nan")
         if name in terms:

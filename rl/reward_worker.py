@@ -18,21 +18,20 @@ from rollout.records import Films, GroupRollout
 
 @dataclass(frozen=True)
 class GroupScores:
-    """starts: first own frame of each block with an own advantage. frames: per term, float32 [G, T] over shared and own
+    """blocks: the frames of each block with an own advantage. frames: per term, float32 [G, T] over shared and own
     frames, NaN = not scored. metrics: per "term/metric", float32 [G]. faults: by term, the members [G] that it failed
     on."""
 
     group_id: str
-    starts: Mapping[int, int]
+    blocks: Mapping[int, range]
     frames: Mapping[str, np.ndarray]
     metrics: Mapping[str, np.ndarray]
     faults: Mapping[str, SystemFault]
 
     def block(self, term: str, block: int, reward_to_go: bool) -> np.ndarray:
         """float32 [G]: the mean over the scored frames of this block (reward_to_go: and of all later ones)."""
-        start = self.starts[block]
-        end = None if reward_to_go else min((s for s in self.starts.values() if s > start), default=None)
-        frames = self.frames[term][:, start:end]
+        own = self.blocks[block]
+        frames = self.frames[term][:, own.start : None if reward_to_go else own.stop]
         scored = np.isfinite(frames)
         total = np.where(scored, frames, 0).sum(1)
         return np.where(scored.any(1), total / np.maximum(scored.sum(1), 1), np.nan).astype(np.float32)
@@ -40,14 +39,14 @@ class GroupScores:
     def joined(self, other: GroupScores) -> GroupScores:
         """The same group with the terms of both."""
         both = {name: {**getattr(self, name), **getattr(other, name)} for name in ("frames", "metrics", "faults")}
-        return GroupScores(self.group_id, self.starts, **both)
+        return GroupScores(self.group_id, self.blocks, **both)
 
     def without(self, terms: Sequence[str], text: str) -> GroupScores:
         """The same group for terms that failed on all of it, for the reason in text."""
         like = next(iter(self.frames.values()))
         fault = SystemFault(np.ones(len(like), bool), text)
         nothing = dict.fromkeys(terms, np.full_like(like, np.nan))
-        return GroupScores(self.group_id, self.starts, nothing, {}, dict.fromkeys(terms, fault))
+        return GroupScores(self.group_id, self.blocks, nothing, {}, dict.fromkeys(terms, fault))
 
 
 class RewardWorker:
@@ -108,7 +107,7 @@ class RewardWorker:
             frames[name] = whole if output.frame_score is None else output.frame_score
             metrics |= {f"{name}/{key}": value for key, value in output.metrics.items()}
         own = [slice(i * members, (i + 1) * members) for i in range(len(groups))]
-        return [GroupScores(g.group_id, g.starts, {k: v[rows] for k, v in frames.items()},
+        return [GroupScores(g.group_id, g.blocks, {k: v[rows] for k, v in frames.items()},
                             {k: v[rows] for k, v in metrics.items()},
                             {k: SystemFault(v.clips[rows], v.text) for k, v in faults.items() if v.clips[rows].any()})
                 for g, rows in zip(groups, own)]  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from policy.explore import Subspace, cells_near, tangent_basis
 from policy.policy import DragPolicy
 from policy.transition import Kernel, place, transition
-from rollout.plan import NoisePlan
+from rollout.plan import NoisePlan, make_plan
 from rollout.prompts import DragPrompt
 from rollout.records import Action, GroupRollout, Replay
 from rollout.sampler import Sampler, Stream, state_rows
@@ -54,8 +54,8 @@ class Group:
     def rollout(self, prompts: Sequence[DragPrompt], sampler: Sampler, version: int) -> GroupRollout:
         shared, start = np.concatenate(self.lines[0].film[: self.blocks[0]]), self.blocks[0]
         members = np.stack([np.concatenate(line.film[start:]) for line in self.lines])
-        starts = {block: sampler.video(block).start for block in self.blocks}
-        return GroupRollout(self.name, prompts[self.prompt], shared, members, starts, seed_of(self.name), version)
+        blocks = {block: range(film.start, film.stop) for block in self.blocks for film in [sampler.video(block)]}
+        return GroupRollout(self.name, prompts[self.prompt], shared, members, blocks, seed_of(self.name), version)
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         if self.explore not in EXPLORES:
             raise ValueError(f"rollout.explore={self.explore!r} is none of {', '.join(EXPLORES)}")
+        if self.group_size < 2:
+            raise ValueError("rollout.group_size must be at least 2: a group of one has no relative score")
         if self.antithetic and self.group_size % 2:
             raise ValueError(f"rollout.antithetic needs an even rollout.group_size, not {self.group_size}")
 
@@ -95,6 +97,9 @@ class GroupSampler:
         self.policy, self.settings = policy, settings
         self.sampler = Sampler(policy, settings.renoise)
         self.blocks = len(self.sampler.frames)
+
+    def plan(self, seed: int, iteration: int, prompt_id: str) -> NoisePlan:
+        return make_plan(seed, iteration, prompt_id, self.settings.select, self.blocks - 1, len(self.sampler.levels))
 
     @torch.no_grad()
     def rollout(

@@ -18,12 +18,11 @@ SELECTS = ("trunk", "video", "frame", "all")
 class NoisePlan:
     """The noise of one prompt's group(s).
 
-    key: what every seed is derived from. members: G. selected: the stochastic (block, step) pairs; blocks count from
+    key: what every seed is derived from. selected: the stochastic (block, step) pairs; blocks count from
     1, the given first frame being block 0. Members of a group share everything here except `exploration`.
     """
 
     key: tuple[object, ...]
-    members: int
     selected: tuple[tuple[int, int], ...]
 
     def steps(self, block: int) -> tuple[int, ...]:
@@ -42,19 +41,15 @@ class NoisePlan:
         return torch_generator(*self.key, "exploration", block, step, member)
 
 
-def make_plan(
-    seed: int, iteration: int, prompt_id: str, select: str, members: int, blocks: int, steps: int
-) -> NoisePlan:
+def make_plan(seed: int, iteration: int, prompt_id: str, select: str, blocks: int, steps: int) -> NoisePlan:
     """Draws what is stochastic, once per group. The last step (s' = 0) is never selected.
 
     trunk, frame: one step in every block. video: one (block, step) in the video. all: every step but the last
     (Flow-GRPO). blocks: generated blocks; steps: denoising steps per block. Raises ValueError for fewer than two
-    steps or members.
+    steps.
     """
     if steps < 2:
         raise ValueError("selective stochasticity needs at least two denoising steps: the last one is deterministic")
-    if members < 2:
-        raise ValueError("rollout.group_size must be at least 2: a group of one has no relative score")
     rng = numpy_generator(seed, iteration, prompt_id, "selected")
     drawn = [int(k) for k in rng.integers(steps - 1, size=blocks)]
     if select == "video":
@@ -66,4 +61,4 @@ def make_plan(
         selected = tuple((b + 1, k) for b in range(blocks) for k in range(steps - 1))
     else:
         raise ValueError(f"rollout.select={select!r} is none of {', '.join(SELECTS)}")
-    return NoisePlan((seed, iteration, prompt_id), members, selected)
+    return NoisePlan((seed, iteration, prompt_id), selected)

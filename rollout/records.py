@@ -17,15 +17,15 @@ class GroupRollout:
     """The videos of one group. Frames that the members share are stored once.
 
     shared uint8 [T0, H, W, 3]: from the given first frame on; members uint8 [G, T1, H, W, 3]: each member's own
-    frames, those that its noise could change. starts: index in 0..T0+T1 of the first frame of each block that has an
-    own advantage. seed: of the group's exploration noise, for rewards that draw.
+    frames, those that its noise could change. blocks: which of the T0+T1 frames are those of each block that has an own
+    advantage. seed: of the group's exploration noise, for rewards that draw.
     """
 
     group_id: str
     prompt: DragPrompt
     shared: np.ndarray
     members: np.ndarray
-    starts: dict[int, int]
+    blocks: dict[int, range]
     seed: int
     version: int
 

@@ -115,14 +115,16 @@ class Sampler:
         noise = torch.stack([p.renoise(block, step, self._shape(block)) for p in plans]).to(x)
         return (1 - s2) * (x - s * v) + s2 * noise
 
-    def finish(self, stream: Stream, x: Tensor, step: int, plans: Sequence[NoisePlan]) -> Tensor:
-        """Denoises x from before step `step` to the clean block."""
-        for k in range(step, len(self.levels)):
-            x = self.advance(x, self.velocity(stream, x, self.levels[k][0]), k, plans, stream.block)
+    def finish(self, stream: Stream, x: Tensor, plans: Sequence[NoisePlan]) -> Tensor:
+        """Denoises x, the initial noise of the next block, to the clean block."""
+        for k, (s, _) in enumerate(self.levels):
+            x = self.advance(x, self.velocity(stream, x, s), k, plans, stream.block)
         return x
 
     def append(self, stream: Stream, block: Tensor) -> Stream:
-        """The context pass on a finished block [B, C, f, h, w]."""
+        """The context pass on a finished block [B, C, f, h, w]; nothing attends to the last one, which has none."""
+        if stream.block == len(self.frames) - 1:
+            return replace(stream, block=stream.block + 1)
         x = torch.cat((block, self.control(stream)), 1)
         cache = self.policy.net.append(x, stream.text, stream.cache)
         return replace(stream, cache=cache, block=stream.block + 1)
@@ -138,7 +140,7 @@ class Sampler:
         stream, _ = self.begin(prompts)
         video = [np.stack([p.first_frame for p in prompts])[:, None]]
         while stream.block < len(self.frames):
-            x = self.finish(stream, self.initial(plans, stream.block), 0, plans)
+            x = self.finish(stream, self.initial(plans, stream.block), plans)
             pixels, stream = self.decode(stream, x)
             video.append(pixels)
             stream = self.append(stream, x)

@@ -93,5 +93,5 @@ def own_history(policy: DragPolicy, first: Tensor, control: Tensor, noise: torch
     for size in policy.sizes[1:]:
         stream = sampler.append(stream, written[-1])
         x = torch.randn(*first.shape[:2], size, *first.shape[3:], generator=noise)
-        written.append(sampler.finish(stream, x, 0, ()))
+        written.append(sampler.finish(stream, x, ()))
     return torch.cat(written, 2)

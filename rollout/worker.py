@@ -9,7 +9,7 @@ import torch
 
 from policy.policy import PolicySource, load_policy
 from rollout.group import GroupSampler, RolloutSettings
-from rollout.plan import NoisePlan, make_plan
+from rollout.plan import NoisePlan
 from rollout.prompts import PromptSource
 from rollout.records import Films, GroupRollout, Replay, on_cpu
 
@@ -33,7 +33,7 @@ class RolloutWorker:
         if compile:
             self.policy.net.model.compile_repeated_blocks(dynamic=True)
         self.groups = GroupSampler(self.policy, settings)
-        self.source, self.settings, self.seed = source(), settings, seed
+        self.source, self.seed = source(), seed
         self.version = 0
 
     def rollout(self, iteration: int, indices: Sequence[int], version: int) -> tuple[list[GroupRollout], list[Replay]]:
@@ -41,18 +41,14 @@ class RolloutWorker:
         if version != self.version:
             raise ValueError(f"asked for weights {version}, but this rollout worker holds {self.version}")
         prompts = [self.source.prompt("train", i) for i in indices]
-        sizes, steps = self.policy.sizes, len(self.policy.sigmas) - 1
-        plans = [
-            make_plan(self.seed, iteration, p.id, self.settings.select, self.settings.group_size, len(sizes) - 1, steps)
-            for p in prompts
-        ]
+        plans = [self.groups.plan(self.seed, iteration, p.id) for p in prompts]
         groups, replays = self.groups.rollout(prompts, plans, version)
         return groups, [on_cpu(replay) for replay in replays]
 
     def generate(self, split: str, indices: Sequence[int], noise_seed: int) -> Films:
-        """Videos of the prompts by the ODE from fixed initial noise, a function of (noise_seed, prompt) alone."""
+        """Videos of the prompts without exploration, a function of (noise_seed, prompt) alone."""
         prompts = [self.source.prompt(split, i) for i in indices]
-        plans = [NoisePlan((noise_seed, "generate", p.id), 1, ()) for p in prompts]
+        plans = [NoisePlan((noise_seed, "generate", p.id), ()) for p in prompts]
         videos = self.groups.sampler.generate(prompts, plans)
         truths = [self.source.truth(p) for p in prompts]
         return Films(tuple(prompts), videos, None if truths[0] is None else np.stack(truths))

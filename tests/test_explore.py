@@ -163,7 +163,7 @@ def test_members_are_alike_in_the_blocks_where_the_drag_is_hidden(select):
 def test_a_rollout_explores_where_its_prediction_goes_when_the_drag_is_moved():
     policy, prompt = tiny_policy(), prompts(2)[1]
     settings = RolloutSettings("trunk", 2, "tangent", Kernel())
-    plan = plans([prompt], "trunk", 2)
+    plan = plans([prompt], "trunk")
     _, replays = GroupSampler(policy, settings).rollout([prompt], plan, 0)
     action, sampler = replays[0].actions[0], Sampler(policy)
     frames = sampler.frames[action.block]

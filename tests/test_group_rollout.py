@@ -12,8 +12,8 @@ from rollout.plan import SELECTS, NoisePlan
 from rollout.sampler import Sampler
 from rollout.worker import RolloutWorker
 
-STARTS = [1, 3, 5, 7]
-"""First frame of each generated block."""
+BLOCKS = {1: range(1, 3), 2: range(3, 5), 3: range(5, 7), 4: range(7, 9)}
+"""The video frames of each generated block."""
 
 
 def settings(select="trunk", explore="tangent", group_size=4, **changed):
@@ -23,7 +23,7 @@ def settings(select="trunk", explore="tangent", group_size=4, **changed):
 
 def rolled(settings, count=2, plan=lambda plan: plan, **policy):
     some = prompts(count)
-    made = [plan(p) for p in plans(some, settings.select, settings.group_size)]
+    made = [plan(p) for p in plans(some, settings.select)]
     groups, replays = GroupSampler(tiny_policy(**policy), settings).rollout(some, made, version=7)
     return some, made, groups, replays
 
@@ -41,7 +41,7 @@ class OneNoise(NoisePlan):
 
 
 def one_noise(plan):
-    return OneNoise(plan.key, plan.members, plan.selected)
+    return OneNoise(plan.key, plan.selected)
 
 
 @pytest.mark.parametrize("select", SELECTS)
@@ -56,18 +56,18 @@ def test_groups_and_replays_have_the_shapes_of_their_mode(select):
         by_id = {g.group_id: g for g in groups}
         for p, block in product(some, (1, 2, 3, 4)):
             group = by_id[f"0/0/{p.id}/block{block}"]
-            assert group.starts == {block: STARTS[block - 1]} and len(group.shared) == STARTS[block - 1]
+            assert group.blocks == {block: BLOCKS[block]} and len(group.shared) == BLOCKS[block].start
             assert group.prompt is p and group.members.shape == (4, 2, 32, 32, 3)
         assert all([(a.block, a.step) for a in r.actions] == list(p.selected) for p, r in zip(made, replays))
     if select == "video":
         assert len(groups) == len(replays) == 2
         for group in groups:
-            ((block, start),) = group.starts.items()
-            assert start == len(group.shared) == STARTS[block - 1] and start + group.members.shape[1] == frames
+            ((block, own),) = group.blocks.items()
+            assert own == BLOCKS[block] and own.start == len(group.shared) == frames - group.members.shape[1]
     if select in ("frame", "all"):
         assert len(groups) == 2 and len(replays) == 8 and len({g.group_id for g in groups}) == 2
         assert all(g.members.shape == (4, frames - 1, 32, 32, 3) for g in groups)
-        assert all(g.starts == dict(zip((1, 2, 3, 4), STARTS)) for g in groups)
+        assert all(g.blocks == BLOCKS for g in groups)
         assert [r.actions[0].members for r in replays] == [(0,), (1,), (2,), (3,)] * 2
         assert {len(r.actions) for r in replays} == {4 if select == "frame" else 8}
     taken = {(a.group_id, a.block, a.step, m) for r in replays for a in r.actions for m in a.members}

@@ -42,7 +42,13 @@ def group(index: int) -> GroupRollout:
     """Four members that share 9 frames of a true video and end up to 3 px apart in the other 4."""
     members = np.stack([film(index, shifted((0, px)))[9:] for px in range(4)])
     return GroupRollout(
-        f"{index:02}", WORLD.prompt("heldout", index), film(index)[:9], members, {1: 9, 2: 11}, index, 0
+        f"{index:02}",
+        WORLD.prompt("heldout", index),
+        film(index)[:9],
+        members,
+        {1: range(9, 11), 2: range(11, 13)},
+        index,
+        0,
     )
 
 

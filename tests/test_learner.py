@@ -63,7 +63,7 @@ def experience(policy_path):
         groups, replays = sampler.rollout(asked, plans(asked, "trunk"), 0)
         chunks.append(replays)
         for group in groups:
-            advantages[group.group_id] = {b: rng.normal(size=4).astype(np.float32) for b in group.starts}
+            advantages[group.group_id] = {b: rng.normal(size=4).astype(np.float32) for b in group.blocks}
     return chunks, advantages
 
 

@@ -30,9 +30,9 @@ def source(tmp_path_factory):
 def experience(source):
     policy, rng = load_policy(source), np.random.default_rng(0)
     asked = drags(2, policy)
-    plans = [make_plan(0, 0, p.id, "trunk", 4, len(policy.sizes) - 1, len(policy.sigmas) - 1) for p in asked]
+    plans = [make_plan(0, 0, p.id, "trunk", len(policy.sizes) - 1, len(policy.sigmas) - 1) for p in asked]
     groups, replays = GroupSampler(policy, RolloutSettings("trunk", 4, "white", Kernel())).rollout(asked, plans, 0)
-    return [replays], {g.group_id: {b: rng.normal(size=4).astype(np.float32) for b in g.starts} for g in groups}
+    return [replays], {g.group_id: {b: rng.normal(size=4).astype(np.float32) for b in g.blocks} for g in groups}
 
 
 def learner(source, stage=1, **changed) -> Learner:

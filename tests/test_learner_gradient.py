@@ -46,7 +46,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 def rolled_out(policy, made, asked, select, explore, kernel):
     groups, replays = GroupSampler(policy, RolloutSettings(select, 4, explore, kernel)).rollout(asked, made, 0)
     rng = np.random.default_rng(0)
-    return [replays], {g.group_id: {b: rng.normal(size=4).astype(np.float32) for b in g.starts} for g in groups}
+    return [replays], {g.group_id: {b: rng.normal(size=4).astype(np.float32) for b in g.blocks} for g in groups}
 
 
 @pytest.mark.parametrize("select", SELECTS)
@@ -69,7 +69,7 @@ def test_gradient_checkpointing_leaves_the_gradient_unchanged(tmp_path):
     source = PolicySource(str(tmp_path / "wan"), replace(SETTINGS, text_cache=str(tmp_path / "texts")))
     policy = load_policy(source)
     asked = drags(2, policy)
-    made = [make_plan(0, 0, p.id, "trunk", 4, len(policy.sizes) - 1, len(policy.sigmas) - 1) for p in asked]
+    made = [make_plan(0, 0, p.id, "trunk", len(policy.sizes) - 1, len(policy.sigmas) - 1) for p in asked]
     seen = rolled_out(policy, made, asked, "trunk", "white", Kernel())
     found = []
     for checkpointing in (False, True):

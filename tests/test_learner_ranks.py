@@ -85,7 +85,7 @@ def played(policy, asked, plans, select="trunk", explore="tangent"):
     for rows in (slice(half), slice(half, None)):
         groups, replays = sampler.rollout(asked[rows], plans[rows], 0)
         chunks.append(replays)
-        advantages |= {g.group_id: {b: rng.normal(size=4).astype(np.float32) for b in g.starts} for g in groups}
+        advantages |= {g.group_id: {b: rng.normal(size=4).astype(np.float32) for b in g.blocks} for g in groups}
     return chunks, advantages
 
 
@@ -150,7 +150,7 @@ def wan(tmp_path, lora=None, **changed) -> PolicySource:
 def wan_experience(source, select="trunk"):
     policy = load_policy(source)
     asked = drags(4, policy)
-    made = [make_plan(0, 0, p.id, select, 4, len(policy.sizes) - 1, len(policy.sigmas) - 1) for p in asked]
+    made = [make_plan(0, 0, p.id, select, len(policy.sizes) - 1, len(policy.sigmas) - 1) for p in asked]
     return played(policy, asked, made, select, "white")
 
 

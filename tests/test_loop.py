@@ -33,8 +33,10 @@ TERMS = {"near": TermWeight(1.0, 0.01)}
 
 
 def scores(frames, group_id="0/0/a", faults=None):
-    """Four frames, the first given; blocks 1 and 2 start at frames 1 and 3."""
-    return GroupScores(group_id, {1: 1, 2: 3}, {"near": np.array(frames, np.float32)}, {}, faults or {})
+    """Four frames, the first given; block 1 is frames 1 and 2, block 2 is frame 3."""
+    return GroupScores(
+        group_id, {1: range(1, 3), 2: range(3, 4)}, {"near": np.array(frames, np.float32)}, {}, faults or {}
+    )
 
 
 NAN = np.nan
@@ -47,6 +49,8 @@ def test_a_block_is_credited_with_its_own_frames_and_all_later_ones():
     assert GROUP.block("near", 2, True) == pytest.approx([0, 1, 0.5])
     given = credit([GROUP], TERMS, SETTINGS, 0)["0/0/a"]
     assert given[1][0] > 0 > given[1][1] and given[2][0] < 0 < given[2][1]
+    alone = replace(GROUP, blocks={1: range(1, 3)})  # as with `video`, where later frames have no advantage
+    assert alone.block("near", 1, False) == pytest.approx(GROUP.block("near", 1, False))
 
 
 def test_a_member_without_a_score_is_masked_and_changes_nobody_else():

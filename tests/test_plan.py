@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policy.transition import Kernel
+from rollout.group import RolloutSettings
 from rollout.plan import SELECTS, make_plan
 from rollout.seeds import numpy_generator, seed_of, torch_generator
 
@@ -15,7 +17,6 @@ requests = st.fixed_dictionaries(
         "iteration": st.integers(0, 10**6),
         "prompt_id": st.text(max_size=12),
         "select": st.sampled_from(SELECTS),
-        "members": st.integers(2, 16),
         "blocks": st.integers(1, 8),
         "steps": st.integers(2, 6),
     }
@@ -34,7 +35,7 @@ def test_a_plan_selects_what_its_mode_says_and_never_the_last_step(request):
         assert sum(counts) == 1
     else:
         assert counts == per_block[request["select"]]
-    assert plan.steps(0) == () and plan.members == request["members"]
+    assert plan.steps(0) == ()
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -56,7 +57,7 @@ def test_a_plan_is_a_function_of_seed_iteration_and_prompt(request):
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.integers(0, 2**31))
 def test_no_two_draws_of_an_iteration_share_their_noise(seed):
-    plans = [make_plan(seed, i, f"p{p}", "all", members=4, blocks=3, steps=4) for i in range(2) for p in range(3)]
+    plans = [make_plan(seed, i, f"p{p}", "all", blocks=3, steps=4) for i in range(2) for p in range(3)]
     generators = [plan.exploration(block, step, g) for plan in plans for block, step in plan.selected for g in range(4)]
     shared = [draw for plan in plans for block in (1, 2, 3) for draw in
               (plan.initial(block, SHAPE), *(plan.renoise(block, step, SHAPE) for step in range(3)))]  # fmt: skip
@@ -65,20 +66,20 @@ def test_no_two_draws_of_an_iteration_share_their_noise(seed):
 
 
 def test_every_step_and_block_is_selected_about_equally_often():
-    plans = [make_plan(0, i, "p", "video", 4, blocks=3, steps=4) for i in range(1800)]
+    plans = [make_plan(0, i, "p", "video", blocks=3, steps=4) for i in range(1800)]
     counts = Counter(pair for plan in plans for pair in plan.selected)
     assert len(counts) == 9 and all(150 < count < 250 for count in counts.values())
-    trunks = [make_plan(0, i, "p", "trunk", 4, blocks=3, steps=4).selected for i in range(300)]
+    trunks = [make_plan(0, i, "p", "trunk", blocks=3, steps=4).selected for i in range(300)]
     assert len(set(trunks)) == 27  # the blocks of a video draw their steps independently
 
 
 def test_plans_that_cannot_teach_are_refused():
     with pytest.raises(ValueError, match="at least two denoising steps"):
-        make_plan(0, 0, "p", "trunk", 4, blocks=2, steps=1)
+        make_plan(0, 0, "p", "trunk", blocks=2, steps=1)
     with pytest.raises(ValueError, match=r"rollout.group_size must be at least 2"):
-        make_plan(0, 0, "p", "trunk", 1, blocks=2, steps=3)
+        RolloutSettings("trunk", 1, "tangent", Kernel())
     with pytest.raises(ValueError, match=r"rollout.select='twig' is none of trunk, video, frame, all"):
-        make_plan(0, 0, "p", "twig", 4, blocks=2, steps=3)
+        make_plan(0, 0, "p", "twig", blocks=2, steps=3)
 
 
 def test_seeds_are_the_same_on_every_machine_and_tell_their_parts_apart():

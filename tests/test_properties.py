@@ -20,13 +20,11 @@ few = budget(max_examples=15, deadline=None, derandomize=True)
 many = budget(max_examples=60, deadline=None, derandomize=True)
 
 
-def drawn(plan) -> tuple:
+def drawn(plan, members) -> tuple:
     """All that a plan ever says, as comparable values."""
     blocks = {block for block, _ in plan.selected}
     noise = [plan.initial(block, SHAPE) for block in sorted(blocks)]
-    noise += [
-        torch.randn(SHAPE, generator=plan.exploration(b, k, g)) for b, k in plan.selected for g in range(plan.members)
-    ]
+    noise += [torch.randn(SHAPE, generator=plan.exploration(b, k, g)) for b, k in plan.selected for g in range(members)]
     return plan.selected, tuple(tuple(draw.flatten().tolist()) for draw in noise)
 
 
@@ -39,7 +37,7 @@ def test_a_plan_is_the_same_whoever_makes_it_and_in_whatever_order(seed, select,
     def made(name, state) -> tuple:
         torch.manual_seed(state)
         np.random.seed(state)
-        return drawn(make_plan(seed, 3, name, select, members, blocks, steps))
+        return drawn(make_plan(seed, 3, name, select, blocks, steps), members)
 
     alone = {name: made(name, 0) for name in names}
     workers = data.draw(st.integers(1, 4))

@@ -24,7 +24,7 @@ def settings(select, explore="tangent"):
 
 def replays_of(policy, settings, count=3):
     some = prompts(count)
-    return GroupSampler(policy, settings).rollout(some, plans(some, settings.select, MEMBERS), 0)[1]
+    return GroupSampler(policy, settings).rollout(some, plans(some, settings.select), 0)[1]
 
 
 def deviation(policy, kernel, replays, size):
@@ -101,7 +101,7 @@ def learnt(policy, groups, replays):
 @pytest.mark.parametrize("select", SELECTS)
 def test_no_other_step_than_the_selected_ones_learns(select):
     policy, some = tiny_policy(), prompts(1)
-    made = plans(some, select, MEMBERS, seed=1)
+    made = plans(some, select, seed=1)
     groups = Instrumented(policy, settings(select))
     _, replays = groups.rollout(some, made, 0)
     assert learnt(policy, groups, replays) == set(made[0].selected)

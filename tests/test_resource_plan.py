@@ -194,7 +194,7 @@ def rollout_of(select: str, config: dict, work: Work, selections: list) -> tuple
         cost = replace(cost, peak=allocated(lambda: policy.codec.decode(torch.zeros(1, codec.channels, 2, 4, 4)))[0])
     sampler = GroupSampler(policy, RolloutSettings(select, work.group, "tangent", Kernel("cps", 0.5, 4.0)))
     asked = prompts(len(selections))
-    drawn = [replace(p, selected=s) for p, s in zip(plans(asked, select, members=work.group), selections)]
+    drawn = [replace(p, selected=s) for p, s in zip(plans(asked, select), selections)]
     return lambda: sampler.rollout(asked, drawn, 0), shape(config, tokens=4, text_tokens=1, sizes=SETTINGS.sizes), cost
 
 

@@ -179,7 +179,7 @@ def test_an_own_history_is_what_the_policy_streams():
         x = torch.randn(
             2, *policy.latent_shape[:1], policy.sizes[stream.block], *policy.latent_shape[1:], generator=noise
         )
-        x = sampler.finish(stream, x, 0, ())
+        x = sampler.finish(stream, x, ())
         video.append(x)
         stream = sampler.append(stream, x)
     torch.testing.assert_close(history, torch.cat((first, *video), 2), rtol=0, atol=1e-6)

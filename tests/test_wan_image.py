@@ -56,7 +56,7 @@ def test_the_packed_replay_gives_the_log_probs_of_the_stream(folder):
     policy = wan_policy(folder, text_length=TEXT_TOKENS)
     prompts = drags(2, policy)
     kernel = Kernel("cps", 0.7)
-    plans = [make_plan(0, 0, p.id, "trunk", 3, len(policy.sizes) - 1, 3) for p in prompts]
+    plans = [make_plan(0, 0, p.id, "trunk", len(policy.sizes) - 1, 3) for p in prompts]
     sampler = GroupSampler(policy, RolloutSettings("trunk", 3, "tangent", kernel))
     batch = ReplayBatch(tuple(sampler.rollout(prompts, plans, 0)[1]))
     again = batch.log_probs(kernel, batch.velocity(policy, policy.net))

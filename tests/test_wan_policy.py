@@ -28,9 +28,9 @@ def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("wan"), in_channels=36)
 
 
-def plans(policy, prompts, select="trunk", members=3):
+def plans(policy, prompts, select="trunk"):
     blocks, steps = len(policy.sizes) - 1, len(policy.sigmas) - 1
-    return [make_plan(0, 0, p.id, select, members, blocks, steps) for p in prompts]
+    return [make_plan(0, 0, p.id, select, blocks, steps) for p in prompts]
 
 
 def film(policy, count=2):
@@ -103,10 +103,14 @@ def test_the_packed_replay_gives_the_log_probs_of_the_stream(folder, select, cha
 def test_groups_own_the_video_frames_of_their_block(folder):
     policy = wan_policy(folder)
     groups, _ = rolled_out(policy, count=1)
-    assert [(len(g.shared), g.members.shape[:2], g.starts) for g in groups] == [
-        (1, (3, 4), {1: 1}), (5, (3, 4), {2: 5}), (9, (3, 4), {3: 9})]  # fmt: skip
+    assert [(len(g.shared), g.members.shape[:2], g.blocks) for g in groups] == [
+        (1, (3, 4), {1: range(1, 5)}), (5, (3, 4), {2: range(5, 9)}), (9, (3, 4), {3: range(9, 13)})]  # fmt: skip
     whole, _ = rolled_out(policy, "frame", count=1)
-    assert whole[0].members.shape == (3, 12, 32, 48, 3) and whole[0].starts == {1: 1, 2: 5, 3: 9}
+    assert whole[0].members.shape == (3, 12, 32, 48, 3) and whole[0].blocks == {
+        1: range(1, 5),
+        2: range(5, 9),
+        3: range(9, 13),
+    }
 
 
 @torch.no_grad()
@@ -118,7 +122,7 @@ def test_memory_does_not_grow_with_the_video_when_a_window_is_set(folder):
         sampler, prompts = Sampler(policy), drags(1, policy)
         stream, _ = sampler.begin(prompts)
         held[window] = []
-        while stream.block < len(policy.sizes):
+        while stream.block < len(policy.sizes) - 1:  # nothing is kept of the last one
             x = sampler.initial(plans(policy, prompts), stream.block)
             _, stream = sampler.decode(stream, x)
             stream = sampler.append(stream, x)
@@ -161,7 +165,7 @@ def test_the_drag_can_change_while_the_video_is_made(folder):
                 tracks[:, 5:] = tracks[:, 4:5]  # from latent frame 2 on the points stay where they are
                 drag = replace(stream.drag, tracks=tracks)
                 stream = replace(stream, drag=drag, control=policy.control.encode(drag))
-            x = sampler.finish(stream, sampler.initial(plans(policy, prompts), stream.block), 0, ())
+            x = sampler.finish(stream, sampler.initial(plans(policy, prompts), stream.block), ())
             pixels, stream = sampler.decode(stream, x)
             stream = sampler.append(stream, x)
             video.append(pixels)

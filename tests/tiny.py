@@ -38,11 +38,9 @@ def prompts(count: int, first: int = 0) -> list[DragPrompt]:
     return [WORLD.prompt("train", first + i) for i in range(count)]
 
 
-def plans(
-    prompts: list[DragPrompt], select: str, members: int = 4, seed: int = 0, iteration: int = 0
-) -> list[NoisePlan]:
+def plans(prompts: list[DragPrompt], select: str, seed: int = 0, iteration: int = 0) -> list[NoisePlan]:
     blocks = len(SETTINGS.sizes) - 1
-    return [make_plan(seed, iteration, p.id, select, members, blocks, STEPS) for p in prompts]
+    return [make_plan(seed, iteration, p.id, select, blocks, STEPS) for p in prompts]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -89,7 +89,7 @@ class Training:
 
     def films(self, indices: range, noise: int) -> tuple[list, np.ndarray]:
         prompts = [self.bare.world.prompt("heldout", i) for i in indices]
-        plans = [NoisePlan((noise, "generate", p.id), 1, ()) for p in prompts]
+        plans = [NoisePlan((noise, "generate", p.id), ()) for p in prompts]
         return prompts, self.bare.sampler.sampler.generate(prompts, plans)
 
     def measured(self) -> dict[str, float]:
