@@ -165,10 +165,10 @@ def figure(name: str, measured: float, bound: str) -> dict[str, Any]:
     return {"figure": name, "measured": measured, "to reach": bound, "reached": "yes" if held else "no"}
 
 
-def write(name: str, about: str, rows: Sequence[Mapping[str, Any]], figures: Sequence[Mapping[str, Any]] = ()) -> None:
+def write(name: str, about: str, rows: Sequence[Mapping[str, Any]], figures: Sequence[Mapping[str, Any]] = (),
+          machine: str = f"{platform.machine()}, one thread per process") -> None:  # fmt: skip
     """benchmarks/results/<name>.json and .md; prints the latter."""
     RESULTS.mkdir(exist_ok=True)
-    machine = f"{platform.machine()}, one thread per process"
     found = {"about": about, "machine": machine, "rows": list(rows), "figures": list(figures)}
     (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     text = f"{about}\n\nMachine: {machine}.\n\n{table(rows)}" + (f"\n{table(figures)}" if figures else "")

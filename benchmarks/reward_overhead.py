@@ -9,15 +9,13 @@ benchmarks/results/reward_overhead.{json,md}.
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import ray
 
+from benchmarks.common import figure, write
 from rewards.contract import RewardBatch
 from rewards.terms import Term
 from rl.fleet import FleetSpec, closing, make_fleet
@@ -27,7 +25,6 @@ from rl.reward_worker import RewardWorker
 from rollout.records import GroupRollout
 from rollout.sprites import SpriteWorld
 
-ROOT = Path(__file__).resolve().parents[1]
 CHUNKS = 4
 
 
@@ -43,7 +40,11 @@ def chunk(first: int, prompts: int = 4, blocks: int = 6, members: int = 8) -> li
         for block in range(blocks):
             start = 1 + 2 * block
             own = np.repeat(film[None, start : start + 2], members, 0)
-            groups.append(GroupRollout(f"{index}/{block}", prompt, film[:start], own, {block + 1: start}, index, 0))
+            groups.append(
+                GroupRollout(
+                    f"{index}/{block}", prompt, film[:start], own, {block + 1: range(start, start + 2)}, index, 0
+                )
+            )
     return groups
 
 
@@ -71,16 +72,10 @@ def main() -> None:
     rows = []
     for backend, fleets in (("inline", 1), ("ray", 1), ("ray", 3)):
         with ray_session("local", num_cpus=2, object_store_gb=0.5) if backend == "ray" else nullcontext():
-            rows.append({"backend": backend, "fleets": fleets, "ms_per_video": measure(backend, fleets)})
-    out = ROOT / "benchmarks/results"
-    out.mkdir(exist_ok=True)
-    machine = f"{platform.machine()}"
-    (out / "reward_overhead.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    lines = ["| where | fleets | ms per video |", "|---|---|---|"]
-    lines += [f"| {row['backend']} | {row['fleets']} | {row['ms_per_video']:.2f} |" for row in rows]
-    text = f"A reward that does nothing; {CHUNKS} chunks of 192 clips, least of 5 runs.\n\n" + "\n".join(lines) + "\n"
-    (out / "reward_overhead.md").write_text(text)
-    print(text)
+            rows.append({"where": backend, "fleets": fleets, "ms per video": measure(backend, fleets)})
+    about = f"A reward that does nothing; {CHUNKS} chunks of 192 clips, least of 5 runs."
+    most = max(row["ms per video"] for row in rows)
+    write("reward_overhead", about, rows, [figure("ms per video of fleets beside nothing", most, "<= 5")])
 
 
 if __name__ == "__main__":

@@ -8,9 +8,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Mapping
+from functools import reduce
+from operator import getitem
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.common import RESULTS, ROOT, table
+
 SEEDS = {f"seed {s}": [f"seed={s}", f"evaluate.seed={100 + s}"] for s in range(3)}
 RUNS = SEEDS | {f"permuted, {name}": [*overrides, "experiment=control_permuted"] for name, overrides in SEEDS.items()}
 FIGURES = {
@@ -28,26 +32,20 @@ def main() -> None:
         if not (run / "summary.json").exists():
             subprocess.run([sys.executable, "-m", "jobs.train", f"run_dir={run}", *overrides], cwd=ROOT, check=True)
         found[name] = {"overrides": overrides, **json.loads((run / "summary.json").read_text())}
-    out = ROOT / "benchmarks/results"
-    out.mkdir(exist_ok=True)
-    (out / "seeds.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / "seeds.md").write_text(table(found))
-    print(table(found))
+    (RESULTS / "seeds.json").write_text(json.dumps(found, indent=1) + "\n")
+    text = table([row(name, summary) for name, summary in found.items()])
+    (RESULTS / "seeds.md").write_text(text)
+    print(text)
 
 
-def table(found: dict[str, dict]) -> str:
-    lines = ["| run | " + " | ".join(FIGURES) + " | iterations |", "|---" * (len(FIGURES) + 2) + "|"]
-    for name, summary in found.items():
-        cells = []
-        for path in FIGURES.values():
-            row = summary["heldout"]
-            for key in path:
-                row = row[key]
-            low, high = row["ci95"]
-            cells.append(f"{row['base']:.2f} → {row['tuned']:.2f} ({100 * (row['tuned'] / row['base'] - 1):+.0f} %; "
-                         f"{low:+.2f}..{high:+.2f})")  # fmt: skip
-        lines.append(f"| {name} | {' | '.join(cells)} | {summary['iterations']} |")
-    return "\n".join(lines) + "\n"
+def row(run: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    cells = {}
+    for title, path in FIGURES.items():
+        value = reduce(getitem, path, summary["heldout"])
+        low, high = value["ci95"]
+        change = f"{100 * (value['tuned'] / value['base'] - 1):+.0f} %; {low:+.2f}..{high:+.2f}"
+        cells[title] = f"{value['base']:.2f} → {value['tuned']:.2f} ({change})"
+    return {"run": run, **cells, "iterations": summary["iterations"]}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def measure(
         if weights is not None:
             parts.policy.load_state_dict(weights)
         gradients, spent = [], 0.0
+        parts.iteration(estimates)  # the first one also warms up
         for i in range(estimates):
             _, seconds = cpu_seconds(lambda: parts.iteration(i))  # noqa: B023
             gradients.append(parts.learner.engine.gradient)

@@ -9,17 +9,15 @@ seconds, anywhere. Prints a table; that of the first goes to benchmarks/results/
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.common import table, write
 from policy.policy import DragPolicy
 from policy.text import NoText
 from policy.transition import Kernel
@@ -33,7 +31,6 @@ from rollout.sampler import Sampler
 
 from diffusers import AutoencoderKLWan, WanTransformer3DModel  # isort: skip  (after policy has readied torchvision)
 
-ROOT = Path(__file__).resolve().parents[1]
 WAN = WanSettings(
     height=480, width=832, frames=81, block=1, sigmas=(1.0, 0.755, 0.522, 0.0), window=7, sink=1, features="splat",
     background="zeros", drag_sigma=20.0, drag_window=48.0, base=None, text_cache="", text_length=512,
@@ -112,7 +109,8 @@ def train_step(
     return {"rollout_s": rolled - begin, "learn_s": learnt - rolled, "iteration_s": learnt - begin}
 
 
-def measure(shape: str, videos: int = 5, members: int = 8) -> dict[str, Any]:
+def measure(shape: str, videos: int = 5, members: int = 8) -> list[dict[str, Any]]:
+    """Percentiles of what was timed, and how many frames a second that is."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = random_policy(shape, device)
     stream(policy, device, 0)  # kernels are chosen and memory is taken in the first one
@@ -124,24 +122,9 @@ def measure(shape: str, videos: int = 5, members: int = 8) -> dict[str, Any]:
     frames = policy.codec.temporal_stride * policy.settings.block
     found = {"first_frame_s": np.array([run[0] for run in runs]), "block_s": blocks}
     found |= {name: np.array([step[name] for step in steps]) for name in steps[0]}
-    return {
-        "shape": shape,
-        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, 1 thread",
-        "group": members,
-        "pixel_frames_per_s": float(frames / blocks.mean()),
-        **{name: {f"p{q}": float(np.percentile(values, q)) for q in (50, 95)} for name, values in found.items()},
-    }
-
-
-def table(found: dict[str, Any]) -> str:
-    rows = {name: value for name, value in found.items() if isinstance(value, dict)}
-    lines = [
-        f"{found['shape']} on {found['machine']}, groups of {found['group']}: "
-        f"{found['pixel_frames_per_s']:.1f} pixel frames per second.",
-        "",
-    ]
-    lines += ["| | p50 | p95 |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {v['p50']:.3f} | {v['p95']:.3f} |" for name, v in rows.items())]) + "\n"
+    found["pixel frames per s"] = frames / blocks
+    return [{"shape": shape, "what": name, "p50": float(np.median(values)), "p95": float(np.percentile(values, 95))}
+            for name, values in found.items()]  # fmt: skip
 
 
 def main() -> None:
@@ -149,12 +132,12 @@ def main() -> None:
     shape = sys.argv[1] if len(sys.argv) > 1 else "1.3b"
     if shape not in SHAPES or (shape == "1.3b" and not torch.cuda.is_available()):
         raise SystemExit(f"{shape}: the 1.3b shape takes a GPU, tiny runs anywhere")
-    found = measure(shape)
-    print(table(found))
+    rows = measure(shape)
     if shape == "1.3b":
-        out = ROOT / "benchmarks/results"
-        (out / "streaming.json").write_text(json.dumps(found, indent=1) + "\n")
-        (out / "streaming.md").write_text(table(found))
+        about = "Random weights; the rollout of one prompt and the learner's passes over it with `trunk`, groups of 8."
+        write("streaming", about, rows, machine=torch.cuda.get_device_name())
+    else:
+        print(table(rows))
 
 
 if __name__ == "__main__":

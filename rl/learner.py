@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -145,7 +146,8 @@ class Learner:
         """Where rank 0 will listen."""
         with socket.socket() as s:
             s.bind(("127.0.0.1" if self.ranks == 1 else "", 0))
-            host = "127.0.0.1" if self.ranks == 1 else socket.gethostbyname(socket.gethostname())
+            # Ray's, because the host's own name is a loopback address on many machines.
+            host = "127.0.0.1" if self.ranks == 1 else ray.util.get_node_ip_address()
             return host, s.getsockname()[1]
 
     def join(self, rank: int, address: tuple[str, int]) -> None:

@@ -46,6 +46,10 @@ class Teacher(Learner):
         super().__init__(policy, weights, Kernel(), settings, ranks)
         self.source, self.lessons, self.seed = source(), lessons, seed
 
+    def join(self, rank: int, address: tuple[str, int]) -> None:
+        super().join(rank, address)
+        self.policy.to(self.policy.device)  # the codec and the encoders, beside the network: pupils see videos
+
     def teach(self) -> dict[str, float]:
         """One step of flow matching with teacher forcing: each block given the true frames before it."""
         stats, loss_sum = {"lr": self._set_lr()}, 0.0

@@ -22,6 +22,8 @@ from rollout.sprites import SpriteWorld
 
 def frame_batches(world: SpriteWorld, batch: int, per_video: int, seed: int) -> Iterator[Tensor]:
     """Batches of single frames, float [batch, 3, 1, H, W], `per_video` different ones of each video."""
+    if batch % per_video:
+        raise ValueError(f"codec.batch={batch} must be a multiple of codec.per_video={per_video}")
     rng, index = numpy_generator(seed, "frames"), 0
     while True:
         frames = []
@@ -45,6 +47,11 @@ class Teaching:
     fresh: int
     lag: float = 0.0
     own_history: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= self.pool // 8:
+            raise ValueError(f"batch={self.batch} is drawn from pool / 8 videos at first: pool={self.pool} must be at "
+                             f"least {8 * self.batch}")  # fmt: skip
 
 
 def example_batches(

@@ -121,8 +121,8 @@ def figures(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
         ("trunk + tangent", "trunk + white", ">= 1"),
         ("all + tangent", "all + white", ">= 1"),
     ):
-        if not {better, worse} <= arms.keys() or not arms[better].learns():
-            continue
+        if not {better, worse} <= arms.keys() or not arms[better].learns() or len(arms[worse].pairs) < 2:
+            continue  # one seed has no error
         more, less = arms[better], arms[worse]
         for i, point in enumerate(more.trial["points"], 1):
             if not more.learns(i):
