@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from contextlib import ExitStack
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -271,7 +272,7 @@ def test_the_learner_holds_what_is_planned_after_a_step(stage, tmp_path, monkeyp
         learner.engine.step()
         return learner
 
-    _, held = allocated(update)
+    held = median(allocated(update)[1] for _ in range(3))  # the profiler loses an event now and then
     parts = {p.name: p.bytes for p in learner_parts(s, replace(WORK, zero_stage=stage), 1)}
     names = ["weights", "reference", "averaged weights", "optimizer"]
     assert parts["gradient bucket"] == 4 * (BUCKET if stage else s.trained)
