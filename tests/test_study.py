@@ -101,16 +101,23 @@ def test_every_arm_is_searched_from_the_same_settings_and_measured_on_prompts_th
 def test_the_report_ranks_arms_and_prices_what_they_gain(studied, tmp_path):
     text = report.write_report(studied.path, PLAN)
     arms = report.by_arm(studied, PLAN)
-    assert [*arms] == ["trunk + tangent", "all + white"] and [arm.learns() for arm in arms.values()] == [True, False]
+    assert [*arms] == ["trunk + tangent", "all + white"] and [
+        report.shown(arm.learnt[:, -1]) for arm in arms.values()
+    ] == [True, False]
     best = arms["trunk + tangent"]
     assert report.price(best.seconds, best.learnt, 0.4) == pytest.approx(1.0)
     assert report.price(best.seconds, best.learnt, 0.81) == math.inf
     assert (tmp_path / "study.png").stat().st_size > 1000
     assert "| trunk + tangent | 0.0032 | 1 | 2 |" in text and "(not shown)" in text
-    first = report.figures(arms)[0]
-    assert first["figure"] == "learnt per CPU-s at 1 s, trunk + tangent / all + white, at least"
+    figures = {one["figure"]: one["measured"] for one in report.figures(arms)}
+    assert all(name in text for name in figures)
+    # Nothing is learnt with white noise at any lr and stiffness, so that it stays at the first ones.
+    gained = figures["gained per CPU-s at 1 s, trunk + tangent / all + white"]
+    assert gained == pytest.approx(1 + math.log(3.2) + math.log(4))
     # At 1 s white noise has learnt -0.005, 0.005 and 0 more than its control: two standard errors of the mean.
-    assert first["measured"] == pytest.approx(0.4 / (2 * 0.005 / 3**0.5)) and first["figure"] in text
+    least = figures["learnt per CPU-s at 1 s, trunk + tangent / all + white, at least"]
+    assert least == pytest.approx(0.4 / (2 * 0.005 / 3**0.5))
+    assert figures["CPU-s until 0.3 is learnt, all + white / trunk + tangent, at least"] == pytest.approx(2 / 0.75)
 
 
 @pytest.mark.slow
