@@ -83,6 +83,13 @@ def validate(c: TrainConfig) -> Settings:
             c.tracking.register is None or (c.tracking.uri and not {*"/:%"} & {*c.tracking.register}),
             f"tracking.register={c.tracking.register} (null: no) must have none of / : %, and needs tracking.uri",
         ),
+        (c.fps > 0, f"fps={c.fps} must be above 0"),
+        (c.seed >= 0, f"seed={c.seed} must be at least 0"),
+        (
+            c.cluster.learner.replicas == 1 and c.cluster.learner.retries == 0,
+            "cluster.learner.replicas and .retries have no effect: learner.ranks says how many ranks there are, "
+            "train.max_recoveries what happens when one is lost",
+        ),
         (c.train.grace_s > 0, f"train.grace_s={c.train.grace_s} must be above 0"),
         (
             c.cluster.placement in (None, *STRATEGIES),
@@ -90,14 +97,17 @@ def validate(c: TrainConfig) -> Settings:
         ),
         (c.cluster.stall_s > 0, f"cluster.stall_s={c.cluster.stall_s} must be above 0"),
         (0 <= c.cluster.fault_share < 1, f"cluster.fault_share={c.cluster.fault_share} must lie in [0, 1)"),
-        (c.evaluate.prompts >= 1 and c.evaluate.batch >= 1, "evaluate.prompts and evaluate.batch must be at least 1"),
+        (
+            c.evaluate.prompts >= 1 and c.evaluate.batch >= 1 and c.evaluate.strips >= 0,
+            "evaluate.prompts and evaluate.batch must be at least 1, evaluate.strips at least 0",
+        ),
         (
             (c.evaluate.every is None or c.evaluate.every >= 1) and c.evaluate.patience >= 1,
             "evaluate.every (null: never) and evaluate.patience must be at least 1",
         ),
     ]
     require(rules)
-    read_fleets(terms, c.cluster.reward)
+    fleet_specs(c)
     read_sources(terms)
     make_source(c.prompts.kind, c.prompts.path, c.prompts.world_seed, settings.size, settings.frames)
     return settings

@@ -24,12 +24,12 @@ def main(config: TrainConfig) -> None:
     with session(config), closing(make_rollout_fleet(config, settings), make_judges(config)) as (rollout, judges):
         judges.dry_run(first_prompt(config, settings))
         found = measure(rollout, judges, HeldOut(e.prompts, e.seed, e.batch, e.strips))
-        metrics, films = found.metrics, found.films()
+        metrics, films = found.metrics, found.films(e.strips)
     means = {
         name: {"mean": float(np.nanmean(v)), "se": float(np.nanstd(v) / np.sqrt(np.isfinite(v).sum()))}
         for name, v in metrics.items()
     }
-    for i in range(min(e.strips, len(films.prompts))):
+    for i in range(len(films.prompts)):
         rows = (
             [("policy", films.videos[i])]
             if films.truths is None

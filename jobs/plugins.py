@@ -77,6 +77,7 @@ def read_terms(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, TermConfig]:
             raise RewardError(f"rewards.{name}.args goes with a function or class named by a string, not with _target_")
         if len(term.range) != 2:
             raise RewardError(f"rewards.{name}.range must be [worst, best], not {term.range}")
+        Term(name, None, term.weight, term.role, term.floor, tuple(term.range))  # raises what it will in a worker
         file, _, function = term.fn.rpartition(":") if isinstance(term.fn, str) else ("", "", "")
         terms[name] = (
             replace(term, fn=f"{Path(file).expanduser().resolve()}:{function}") if file.endswith(".py") else term

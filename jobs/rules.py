@@ -46,6 +46,9 @@ def learner_rules(l: LearnerConfig) -> list[Rule]:
             l.decay_iterations is None or l.decay_iterations >= 1,
             f"learner.decay_iterations={l.decay_iterations} must be at least 1, or null for a constant rate",
         ),
+        (l.beta >= 0, f"learner.beta={l.beta} must be at least 0"),
+        (len(l.betas) == 2, f"learner.betas={l.betas} must be the two decays of Adam"),
+        (l.advantage_clip > 0, f"learner.advantage_clip={l.advantage_clip} must be above 0"),
         (l.clip > 0, f"learner.clip={l.clip} must be above 0"),
         (0 <= l.ema < 1, f"learner.ema={l.ema} must lie in [0, 1)"),
         (

@@ -67,7 +67,12 @@ class TeachConfig:
 @job("teach", TeachConfig)
 def main(config: TeachConfig) -> None:
     validate(config)
-    folder, t = RunFolder.at(config.run_dir, "teach"), config.tracking
+    with (folder := RunFolder.at(config.run_dir, "teach")).taken():
+        run(config, folder)
+
+
+def run(config: TeachConfig, folder: RunFolder) -> None:
+    t = config.tracking
     resume, warnings = checkpoint.resolve(config.resume, folder.checkpoints)
     for warning in warnings:
         print(f"warning: {warning}")

@@ -6,6 +6,7 @@ python -m jobs.train train.iterations=60 seed=1
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -37,7 +38,10 @@ from rl.pipeline import Fleets
 from rl.run import HeldOut, Output, run
 from rl.run_folder import RunFolder
 from rl.stop import stopping
-from rl.tracking import Tracking
+from rl.tracking import Tracking, TrackingError
+
+UPLOAD_S = 3600
+"""How long a registered policy may take on its way to MLflow."""
 
 
 @job("train", TrainConfig)
@@ -60,14 +64,21 @@ def train(config: TrainConfig, settings: Settings, folder: RunFolder) -> None:
         )
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))
     manifest = checkpoint.read_manifest(resume) if resume else {}
-    tags = {"job": "train"} | ({"mlflow.parentRunId": config.tracking.parent} if config.tracking.parent else {})
+    if manifest and manifest["step"] > kept.iterations:
+        raise ConfigError(f"train.iterations={kept.iterations} is less than the step of {resume}; resume from an "
+                          "earlier checkpoint, or ask for more iterations")  # fmt: skip
+    tags, tracked = {"job": "train"}, manifest.get("mlflow_run_id")
+    if t.parent:
+        tags["mlflow.parentRunId"] = t.parent
+    if tracked and resume.parent != folder.checkpoints:  # a branch: what it learns is not that run's
+        tags["continues"], tracked = tracked, None
     if changed := changes(manifest.get("config", values), values):
         print("\n".join(f"changed: {line}" for line in changed))
         tags["changed"] = "; ".join(changed)[:5000]
     folder.write_config(OmegaConf.to_yaml(values))
     with (
         stopping(config.train.grace_s, f"the same command with run_dir={folder.path} goes on"),
-        Tracking.open(t.uri, t.experiment, manifest.get("mlflow_run_id"), params=values, tags=tags, required=t.required,
+        Tracking.open(t.uri, t.experiment, tracked, params=values, tags=tags, required=t.required,
                       spool=folder.path / "tracking") as tracking,
         session(config),
         places(config),
@@ -80,15 +91,19 @@ def train(config: TrainConfig, settings: Settings, folder: RunFolder) -> None:
         watch = HackWatch(folder.path / "watch", term_weights(config), e.patience, e.stop)
         summary = run(Fleets(*parts), term_weights(config), loop_settings(config), heldout, watch, output, resume)
         if t.register:
-            register(config, folder, summary, tracking)
+            register(config, folder, summary, tracking, resume)
     print("\n".join([*heldout_lines(summary), f"report: {folder.report}"]))
 
 
-def register(config: TrainConfig, folder: RunFolder, summary: dict[str, Any], tracking: Tracking) -> None:
+def register(
+    config: TrainConfig, folder: RunFolder, summary: dict[str, Any], tracking: Tracking, resume: Path | None
+) -> None:
     """The tuned policy as a folder that stock diffusers loads, with its report, as a version in MLflow's registry."""
+    tracking.flush(UPLOAD_S)  # of an earlier registration, which reads the folder that is made anew
     out = folder.path / "policy"
     shutil.rmtree(out, ignore_errors=True)  # of a run that has ended before
-    weights = folder.checkpoints / f"step_{summary['iterations']:06d}/policy.safetensors"
+    last = folder.checkpoints / f"step_{summary['iterations']:06d}"
+    weights = (last if last.exists() else resume) / "policy.safetensors"  # nothing was left to train: none was saved
     model = load_policy(policy_source(config.policy), str(weights)).net.model
     if config.policy.lora.rank:
         merge_own_lora(model)
@@ -96,6 +111,9 @@ def register(config: TrainConfig, folder: RunFolder, summary: dict[str, Any], tr
     for page in (folder.report, folder.summary):
         shutil.copy(page, out)
     tracking.register(config.tracking.register, out, "\n".join(heldout_lines(summary)))
+    if not tracking.flush(UPLOAD_S):
+        raise TrackingError(f"tracking.register={config.tracking.register}: {out} did not reach the MLflow server at "
+                            f"tracking.uri={config.tracking.uri}; the same command sends it again")  # fmt: skip
 
 
 def heldout_lines(summary: dict[str, Any]) -> list[str]:

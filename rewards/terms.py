@@ -34,15 +34,15 @@ class Term:
 
     def __post_init__(self) -> None:
         if self.role not in ("train", "canary"):
-            raise RewardError(f"reward {self.name!r}: role must be 'train' or 'canary', not {self.role!r}")
+            raise RewardError(f"rewards.{self.name}.role must be 'train' or 'canary', not {self.role!r}")
         if self.role == "canary" and self.weight != 0:
             raise RewardError(
-                f"reward {self.name!r}: a canary is never trained on, set weight: 0 (it is {self.weight:g})"
+                f"rewards.{self.name}: a canary is never trained on, set weight: 0 (it is {self.weight:g})"
             )
         if self.floor <= 0:
-            raise RewardError(f"reward {self.name!r}: floor must be above 0, not {self.floor:g}")
+            raise RewardError(f"rewards.{self.name}.floor must be above 0, not {self.floor:g}")
         if not self.range[0] < self.range[1]:
-            raise RewardError(f"reward {self.name!r}: range must be (worst, best), not {self.range}")
+            raise RewardError(f"rewards.{self.name}.range must be (worst, best), not {self.range}")
 
 
 class SystemFault(NamedTuple):

@@ -107,6 +107,11 @@ class HackWatch:
     def knows(self, step: int) -> bool:
         return step in self._seen
 
+    def stops(self, step: int) -> bool:
+        """Whether the training was to end after this step."""
+        seen = [self._seen[s] for s in sorted(self._seen) if s <= step]
+        return self.stop and bool(seen) and seen[-1].step == step and alarm(seen, self.patience) is not None
+
     def reward(self, step: int) -> float:
         """Mean weighted training reward of the held-out prompts at a step that was looked at; NaN: nothing scored."""
         return _mean(self._seen[step].reward)

@@ -54,9 +54,13 @@ class Measured:
     chunks: list
     batch: int
 
-    def films(self) -> Films:
-        """Of the first chunk."""
-        return fetch(self.chunks[0])
+    def films(self, count: int) -> Films:
+        """Of the first so many prompts."""
+        parts = [fetch(chunk) for chunk in self.chunks[: max(1, -(-count // self.batch))]]
+        prompts = tuple(prompt for part in parts for prompt in part.prompts)
+        known = parts[0].truths is not None
+        truths = np.concatenate([part.truths for part in parts])[:count] if known else None
+        return Films(prompts[:count], np.concatenate([part.videos for part in parts])[:count], truths)
 
     def film(self, i: int) -> tuple[DragPrompt, np.ndarray]:
         """Prompt and video of the i-th prompt."""
@@ -117,7 +121,7 @@ def run(
             stop = watch.look(step, measured.metrics, tracking)
             if step:
                 watch.draw(step, measured.metrics, measured.film, tracking, output.fps)
-        return measured.metrics, measured.films(), stop
+        return measured.metrics, measured.films(heldout.strips), stop
 
     def go_on_from(path: Path | None) -> list[int]:
         """Takes learner and records to a checkpoint, or to the beginning; the versions of the weights there."""
@@ -132,8 +136,8 @@ def run(
         watch.resume(done)
         return held
 
-    last, recoveries, best, done, saved = settings.iterations, 0, None, 0, 0
-    held = go_on_from(resume) if resume else [0]
+    last, recoveries, best, done, saved, newest = settings.iterations, 0, None, 0, 0, resume
+    held = go_on_from(resume)
     start = held[-1]
     base, base_films, _ = look(0)
 
@@ -148,7 +152,7 @@ def run(
             done = step
 
         def save(step: int) -> None:
-            nonlocal saved
+            nonlocal saved, newest
             if step == saved:
                 return
 
@@ -161,7 +165,14 @@ def run(
             folder.sync()
             manifest = {"mlflow_run_id": tracking.run_id, "config": output.config, "best": best}
             output.store.save(step, write, manifest, best and best["step"])
-            saved = step
+            saved, newest = step, None  # the one to go back to is then the newest of the folder
+
+        def rescue() -> None:
+            """What is trained, from an error that left the learner whole; that error is what the user has to see."""
+            try:
+                save(done)
+            except Exception as error:
+                logger.warning("what was trained after step %d is not saved: %s", saved, error)
 
         def evaluate(step: int) -> bool:
             nonlocal last, best
@@ -174,7 +185,9 @@ def run(
             return stop
 
         due = settings.evaluate_every and start % settings.evaluate_every == 0 and 0 < start < settings.iterations
-        if due and not watch.knows(start) and evaluate(start):  # what a stop came before
+        if watch.stops(start):  # an alarm that a run was stopped after
+            last, held = start, [settings.iterations]
+        elif due and not watch.knows(start) and evaluate(start):  # what a stop came before
             held = [settings.iterations]
 
         while True:
@@ -185,12 +198,15 @@ def run(
             except Stopped:
                 save(done)
                 raise
-            except (FleetError, checkpoint.CheckpointError) as error:
-                for_good = fleets.learner.loss is None and not isinstance(error, ResultLost)
-                if for_good or recoveries == settings.max_recoveries:
+            except Exception as error:
+                lost = fleets.learner.loss is not None or isinstance(error, ResultLost)
+                mendable = lost and isinstance(error, FleetError | checkpoint.CheckpointError)
+                if not mendable or recoveries == settings.max_recoveries:
+                    if fleets.learner.loss is None and not isinstance(error, checkpoint.CheckpointError):
+                        rescue()
                     raise
                 recoveries += 1
-                path = checkpoint.latest(folder.checkpoints)[0] or resume
+                path = newest or checkpoint.latest(folder.checkpoints)[0]
                 logger.warning("%s; recovery %d of %d, from %s", error, recoveries, settings.max_recoveries,
                                path or "the beginning")  # fmt: skip
                 fleets.learner.renew()
@@ -213,7 +229,7 @@ def run(
         last,
     )
     folder.write_summary(summary)
-    show(output, summary, base_films, tuned_films, heldout.strips, last)
+    show(output, summary, base_films, tuned_films, last)
     tracking.artifact(folder.summary)
     return summary
 
@@ -241,10 +257,10 @@ def summarise(
     }
 
 
-def show(output: Output, summary: dict, base: Films, tuned: Films, strips: int, step: int) -> None:
+def show(output: Output, summary: dict, base: Films, tuned: Films, step: int) -> None:
     """Strips and videos of truth, base and tuned, into the folder, the report and MLflow."""
     folder, tracking, pictures, videos = output.folder, output.tracking, {}, {}
-    for i, prompt in enumerate(base.prompts[:strips]):
+    for i, prompt in enumerate(base.prompts):
         rows = [("base", base.videos[i]), ("tuned", tuned.videos[i])]
         if base.truths is not None:
             rows.insert(0, ("truth", base.truths[i]))

@@ -68,9 +68,10 @@ def test_a_resumed_watch_remembers_what_lies_before_the_checkpoint(tmp_path):
         found = {"reward/mine": seen.reward, **seen.canaries, "canary/hole": np.full(64, np.nan)}
         stops.append(watch.look(10 * seen.step, found, tracking))
     assert stops == [False, False, True, True] and len(watch.alarms) == 2
+    assert [watch.stops(step) for step in (0, 10, 20, 25, 30)] == [False, False, True, False, True]
     again = HackWatch(tmp_path / "watch", terms, 2, False)
     again.resume(20)
-    assert again.summary() == {"evaluations": 3, "alarms": watch.alarms[:1]}
+    assert again.summary() == {"evaluations": 3, "alarms": watch.alarms[:1]} and not again.stops(20)
     assert again.look(30, found, tracking) is False and len(again.alarms) == 2, "without `stop` it only warns"
 
 
@@ -85,7 +86,8 @@ def hacked(small_run, tmp_path_factory):  # noqa: F811
     watch = [f"+rewards.dark={{fn: {home}/dark.py:judge, role: canary, weight: 0}}", "evaluate.every=1",
              "evaluate.patience=2"]  # fmt: skip
     store = f"tracking.uri=sqlite:///{home / 'mlflow.db'}"
-    assert run_job("train", *common, *watch, "evaluate.stop=true", store, f"run_dir={home / 'stopped'}") == 0
+    for _ in range(2):  # the second time it has ended already, and does not train on
+        assert run_job("train", *common, *watch, "evaluate.stop=true", store, f"run_dir={home / 'stopped'}") == 0
     assert run_job("train", *common, *watch, "tracking.uri=null", f"run_dir={home / 'warned'}") == 0
     assert run_job("train", *common, "tracking.uri=null", f"run_dir={home / 'plain'}") == 0
     return home

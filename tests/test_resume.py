@@ -83,6 +83,45 @@ def test_a_changed_setting_is_written_down_where_the_run_is(small_run, tmp_path,
     assert "learner.lr: 0.0003 -> 0.001" in tags["resume.1.changed"] and "changed" not in tags
 
 
+def steps(run) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_repeats_no_step(small_run, tmp_path):  # noqa: F811
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/kl": 0.0}\n{"step": 2, "train')
+    assert run_job("train", *small_run, f"run_dir={tmp_path}", "tracking.uri=null") == 0
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_an_error_that_leaves_the_learner_whole_loses_nothing_that_is_trained(small_run, tmp_path, capsys):  # noqa: F811
+    run, reward = tmp_path / "run", tmp_path / "moody.py"
+    body = "def judge(batch):\n    {}\n    return (batch.video / 255.0).mean((2, 3, 4))\n"
+    reward.write_text(body.format("assert batch.step < 2, 'no more'"))
+    job = ("train", *small_run, f"+rewards.moody.fn={reward}:judge", f"run_dir={run}", "tracking.uri=null",
+           "train.checkpoint_every=10", "train.iterations=3")  # fmt: skip
+    assert run_job(*job) == 1
+    assert "rewards.moody" in (told := capsys.readouterr().err) and "no more" in told
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
+    reward.write_text(body.format("pass"))
+    assert run_job(*job) == 0 and steps(run) == [1, 2, 3]
+
+
+def test_a_branch_has_a_folder_and_an_mlflow_run_of_its_own(small_run, tmp_path, capsys):  # noqa: F811
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    job = ("train", *small_run, f"tracking.uri={store}", "train.iterations=2")
+    branch = (f"run_dir={tmp_path / 'b'}", f"resume={tmp_path / 'a/checkpoints/step_000001'}", "evaluate.strips=3")
+    assert run_job(*job, f"run_dir={tmp_path / 'a'}") == 0 and run_job(*job, *branch, "learner.lr=0.001") == 0
+    trunk, other = (json.loads((tmp_path / name / "summary.json").read_text())["mlflow_run_id"] for name in "ab")
+    client = mlflow.MlflowClient(store)
+    assert other != trunk and client.get_run(other).data.tags["continues"] == trunk
+    assert [point.step for point in client.get_metric_history(other, "train/lr")] == [2]
+    assert [point.step for point in client.get_metric_history(trunk, "train/lr")] == [1, 2]
+    assert [len([*(tmp_path / name / "videos").iterdir()]) for name in "ab"] == [1, 3]  # more than evaluate.batch
+    capsys.readouterr()
+    assert run_job(*job, f"run_dir={tmp_path / 'a'}", "train.iterations=1") == 1
+    assert "train.iterations=1 is less than the step of" in capsys.readouterr().err
+
+
 HOLD = """
 import sys, time
 from rl.run_folder import RunFolder

@@ -139,5 +139,5 @@ def test_a_frame_without_a_score_is_no_fault():
     ],
 )
 def test_a_term_that_makes_no_sense_is_refused(options, message):
-    with pytest.raises(RewardError, match=f"reward 'mine': {message}"):
+    with pytest.raises(RewardError, match=rf"rewards\.mine[.:] ?{message}"):
         Term("mine", Background(), **options)
