@@ -99,10 +99,12 @@ def tangent_basis(v: Tensor, moved: Tensor, live: Tensor) -> Basis:
 
     v [P, C, f, h, w]: the prediction; moved [P, D, C, f, h, w]: the predictions with the drag shifted by one pixel,
     one per frame and axis; live bool [P, D]: False where nothing of the drag can be seen, and so nothing moves but
-    rounding. Returns their differences, orthonormalised (QR), zero where not live. "Where could the object be a bit to
+    rounding. Returns their differences, orthonormalised (QR); zero where not live, and where the drag moves nothing (a
+    control that weighs nothing). "Where could the object be a bit to
     the left", in the policy's terms.
     """
     differences = (moved - v.unsqueeze(1)).flatten(2).double()
+    live = live & (differences.norm(dim=2) > 1e-4 * v.double().flatten(1).norm(dim=1)[:, None])
     order = live.int().argsort(stable=True, dim=1, descending=True)  # the live ones first: no other may bend them
     rows = torch.arange(len(v), device=v.device)[:, None]
     vectors = torch.linalg.qr(differences[rows, order].transpose(1, 2)).Q.transpose(1, 2)

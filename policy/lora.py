@@ -77,8 +77,11 @@ class WithoutAdapter(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args, **kwargs) -> Tensor:
+        trained = [(p, p.requires_grad) for p in self.net.parameters()]
         self.net.model.disable_adapters()
         try:
             return self.net(*args, **kwargs)
         finally:
-            self.net.model.enable_adapters()
+            self.net.model.enable_adapters()  # which unfreezes them all
+            for p, trains in trained:
+                p.requires_grad_(trains)

@@ -48,6 +48,9 @@ class PolicySettings:
     codec_width: int
 
     def __post_init__(self) -> None:
+        if self.block < 1 or self.sink < 0 or self.drag_sigma <= 0 or self.drag_window <= 0:
+            raise ValueError(f"block={self.block} must be 1 or more, sink={self.sink} not negative, "
+                             f"drag_sigma={self.drag_sigma} and drag_window={self.drag_window} above 0")  # fmt: skip
         if self.frames < 2 or (self.frames - 1) % self.block:
             raise ValueError(f"frames={self.frames} must be one given frame and whole blocks of block={self.block}")
         if self.window is not None and self.window < self.sink + self.block:

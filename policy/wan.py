@@ -40,7 +40,7 @@ class WanSettings:
     frames always seen. features, background, drag_sigma, drag_window: of `WanControl`. base: the folder in diffusers
     layout whose vae/, text_encoder/, tokenizer/ and image_encoder/ are used (None: the policy's own). text_cache:
     folder of text embeddings; text_length: tokens. dtype: of the transformer and the encoders of text and image,
-    codec_dtype: of the autoencoder. decode_rows: videos that it decodes together (None: all that come together).
+    codec_dtype: of the autoencoder. decode_rows: videos that it encodes or decodes at a time (None: all).
     attention: of the learner's pass, see `CausalWan`. gradient_checkpointing: keep one activation per block and compute
     the rest again. Raises ValueError naming the key.
     """
@@ -67,8 +67,13 @@ class WanSettings:
 
     def __post_init__(self) -> None:
         check_schedule(self.sigmas)
-        side, step = STRIDE * PATCH, TEMPORAL_STRIDE * self.block
+        side, step = STRIDE * PATCH, TEMPORAL_STRIDE * max(1, self.block)
         rules = [
+            (self.block >= 1, f"block={self.block} must be 1 or more"),
+            (self.sink >= 0, f"sink={self.sink} must not be negative"),
+            (self.drag_sigma > 0, f"drag_sigma={self.drag_sigma} (px) must be above 0"),
+            (self.drag_window > 0, f"drag_window={self.drag_window} (px) must be above 0"),
+            (self.text_length >= 1, f"text_length={self.text_length} must be 1 or more"),
             (self.height % side == 0, f"height={self.height} must be a multiple of {side}"),
             (self.width % side == 0, f"width={self.width} must be a multiple of {side}"),
             (

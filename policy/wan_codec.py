@@ -40,7 +40,7 @@ class WanCodec(nn.Module):
         self.register_buffer("std", torch.tensor(config.latents_std).view(shape), persistent=False)
 
     def encode(self, video: Tensor) -> Tensor:
-        return self.encode_stream(video)[0]
+        return torch.cat([self.encode_stream(part)[0] for part in video.split(self.decode_rows or len(video))])
 
     def encode_stream(self, video: Tensor, state: CodecState = None) -> tuple[Tensor, CodecState]:
         """Encodes the next video frames: one and then whole latent frames at the start (1 + 4 n), later 4 n.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from policy.codec import Codec
-from policy.control import Drag, heat_maps, moved_windows
+from policy.control import Drag, heat_maps, moved_windows, without_points
 
 FEATURES = ("splat", "moved_window")
 BACKGROUNDS = ("zeros", "grey")
@@ -43,7 +43,8 @@ class WanControl:
             latents = self.codec.encode(F.pad(first, (0, 0, 0, 0, 0, length - 1)))
         else:
             latents = F.pad(self.codec.encode(first), (0, 0, 0, 0, 0, (length - 1) // self.codec.temporal_stride))
-        return replace(drag, background=latents)
+        filled = without_points(drag, self.window) if self.features == "moved_window" else None
+        return replace(drag, background=latents, filled=filled)
 
     def encode(self, drag: Drag, frames: slice = slice(None)) -> Tensor:
         """float [B, 4 + C, f, h, w]: the control of the given latent frames; causal in the tracks."""

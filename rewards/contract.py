@@ -166,7 +166,8 @@ def as_output(value: Any, batch: RewardBatch, name: str, bounds: tuple[float, fl
 
 def _floats(value: Any, name: str, what: str) -> np.ndarray:
     try:
-        value = value.detach().cpu() if hasattr(value, "detach") else value
+        if hasattr(value, "detach"):
+            value = value.detach().float().cpu()  # numpy knows no bfloat16
         return np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError):
         raise RewardError(

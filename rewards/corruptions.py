@@ -32,10 +32,11 @@ def discs(shape: tuple[int, ...], points: np.ndarray, radius: float) -> np.ndarr
 
 def fill(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The frame with the masked part (float32 [H, W], 1 = unknown) continued smoothly from what surrounds it."""
-    known = 1 - mask
+    known, outside = 1 - mask, frame[mask < 0.5]
+    mean = outside.mean(0) if len(outside) else frame.mean((0, 1))
     sigma = 0.06 * min(mask.shape)
     near = cv2.GaussianBlur(known, (0, 0), sigma)[..., None] + 1e-4
-    around = cv2.GaussianBlur(frame * known[..., None], (0, 0), sigma) + 1e-4 * frame[mask < 0.5].mean(0)
+    around = cv2.GaussianBlur(frame * known[..., None], (0, 0), sigma) + 1e-4 * mean
     return frame + mask[..., None] * (around / near - frame)
 
 

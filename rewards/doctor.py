@@ -122,12 +122,19 @@ def examine(term: Term, stages: Sequence[Stage]) -> Examination:
 
 
 def mix_of(terms: Sequence[Term], found: Mapping[str, Examination]) -> Examination | None:
-    """The weighted mean of the training terms, a negative weight turning a term around; None where there is none."""
+    """The weighted mean of the training terms, a negative weight turning a term around; None where there is none. As in
+    a training, a term without a score for a clip is left out there."""
     parts = [(t.weight, found[t.name]) for t in terms if t.role == "train" and t.weight and not found[t.name].fault]
-    total = sum(abs(weight) for weight, _ in parts)
     if not parts:
         return None
-    return Examination(*(sum(weight * getattr(e, of) for weight, e in parts) / total for of in ("scores", "group")))
+    weights = np.array([weight for weight, _ in parts], np.float32)
+
+    def mean(of: str) -> np.ndarray:
+        scores = np.stack([getattr(e, of) for _, e in parts], -1)
+        total = (np.isfinite(scores) * abs(weights)).sum(-1)
+        return np.where(total > 0, np.nansum(scores * weights, -1) / np.maximum(total, 1e-12), np.nan)
+
+    return Examination(mean("scores"), mean("group"))
 
 
 def diagnose(
@@ -191,7 +198,7 @@ def _of_term(term: Term, found: Mapping[str, Examination], limits: Limits) -> It
     floor = term.floor / (high - low)
     steps, ladder = _ladder(e)
     blind = " (blind to the drag's error)" if abs(steps.sum()) <= floor else ""
-    yield verdict("monotone", ladder + blind, fails=steps.max() > floor)
+    yield verdict("monotone", ladder + blind, fails=not steps.max() <= floor)
     gain = _gain(e)
     better = [f"{name} {value:+.2f}" for name, value in gain.items() if value > floor]
     blind_to = [name for name, value in gain.items() if abs(value) <= floor]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rewards.contract import RewardBatch, RewardOutput, over_scored
+from rewards.contract import RewardBatch, RewardError, RewardOutput, over_scored
 from rewards.corruptions import REACH, discs, fill
 
 
@@ -76,7 +76,9 @@ class Gated:
         self.fn, self.gate, self.open_at = fn, gate, open_at
 
     def __call__(self, batch: RewardBatch) -> RewardOutput:
-        inner, gate = self.fn(batch), self.gate(batch).frame_score
+        inner, gate = self.fn(batch), getattr(self.gate(batch), "frame_score", None)
+        if gate is None or getattr(inner, "frame_score", None) is None:
+            raise RewardError("Gated: fn and gate must return a RewardOutput with a frame_score")
         factor = np.minimum(np.nan_to_num(gate, nan=1.0) / self.open_at, 1).astype(np.float32)
         score = inner.frame_score * factor
         metrics = {**inner.metrics, "gate": over_scored(factor, batch.scored), "ungated": inner.score}

@@ -89,7 +89,8 @@ class LucasKanade:
 
 class TemplateMatch:
     """Normalised correlation of a patch of frame 0 with the whole of each frame, without the guess: slower, other
-    failures than Lucas-Kanade's, hence the canary. Sub-pixel by a parabola through the peak.
+    failures than Lucas-Kanade's, hence the canary. Sub-pixel by a parabola through the peak. A point that is outside
+    frame 0, or on a patch that shows nothing, cannot be found again and counts as lost.
 
     half: the patch is 2 half + 1 px wide. least: correlation below which a point counts as lost.
     """
@@ -106,9 +107,11 @@ class TemplateMatch:
         pad = ((self.half, self.half), (self.half, self.half), (0, 0))
         padded = [np.pad(video[t], pad, mode="edge") for t in frames]
         for n, point in enumerate(points):
-            corner = np.maximum(np.rint(point).astype(int) - self.half, 0)
-            end = np.rint(point).astype(int) + self.half + 1
+            at = np.rint(point).astype(int)
+            corner, end = np.maximum(at - self.half, 0), at + self.half + 1
             template = video[0, corner[1] : end[1], corner[0] : end[0]]
+            if (at < 0).any() or (at >= video.shape[2:0:-1]).any() or template.std((0, 1)).max() < 1:
+                continue
             for i, picture in enumerate(padded):
                 score = cv2.matchTemplate(picture, template, cv2.TM_CCOEFF_NORMED)
                 y, x = np.unravel_index(score.argmax(), score.shape)

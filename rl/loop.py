@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,12 @@ from rl.pipeline import Fleets, Pipeline
 from rl.reward_worker import GroupScores
 from rl.stall import doing
 from rollout.seeds import seed_of
+
+logger = logging.getLogger(__name__)
+NOTHING_LEARNT = (
+    "iteration %d: in no group do the members differ in any reward, so that nothing is learnt; a policy that does not "
+    "feel its drag explores nothing with rollout.explore=tangent (see jobs.teach)"
+)
 
 Metrics = dict[str, float]
 
@@ -99,6 +106,8 @@ def train(
         ahead = pipeline.scored_ahead
         with clock("learn"):
             given = credit(judged.scores, terms, settings, number)
+            if not any(own.any() for group in given.values() for own in group.values()):
+                logger.warning(NOTHING_LEARNT, number)
             ranks = fleets.learner.spec.replicas
             stats = fetch(fleets.learner.scatter("update", [(replays[r::ranks], given) for r in range(ranks)]))
         step = number + 1

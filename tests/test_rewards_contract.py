@@ -18,6 +18,7 @@ def batch():
         (0.25, 0.5),
         np.array([0.25, 0.5]),
         torch.tensor([0.25, 0.5], requires_grad=True),
+        torch.tensor([0.25, 0.5], dtype=torch.bfloat16),
         {"score": [0.25, 0.5], "sharpness": [3.0, 4.0]},
         RewardOutput(np.float32([0.25, 0.5])),
     ],

@@ -1,4 +1,5 @@
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,6 +113,16 @@ def test_clips_without_a_score_are_counted():
 
     verdict = verdicts(Term("picky", picky))["picky", "runs"]
     assert verdict.status == "warn" and "26% of the clips got no score" in verdict.text
+
+
+def test_a_term_without_any_score_is_left_out_of_the_mix_and_proves_nothing():
+    silent = Term("silent", lambda batch: [0.5 if b else None for b in range(len(batch))])
+    found = {"honest": examined(HONEST), "silent": examined(silent)}
+    nothing = replace(found["silent"], scores=np.full_like(found["silent"].scores, np.nan))
+    mix = mix_of([HONEST, silent], found | {"silent": nothing})
+    np.testing.assert_allclose(mix.scores, found["honest"].scores, atol=1e-6)
+    told = {v.check: v.status for v in diagnose([silent], {"silent": nothing}, LIMITS, {}) if v.subject == "silent"}
+    assert told["monotone"] == "fail"
 
 
 def test_a_reward_that_pays_for_the_error_is_not_monotone():

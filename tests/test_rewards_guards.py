@@ -1,7 +1,11 @@
+import warnings
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from reward_cases import WORLD, batch_of, duplicated, film, panned, static, vanished
 
-from rewards.contract import RewardOutput
+from rewards.contract import RewardError, RewardOutput
 from rewards.corruptions import discs
 from rewards.guards import Background, Gated
 from rewards.trajectory import Trajectory
@@ -44,6 +48,22 @@ def test_a_hole_where_the_object_was_costs_score():
 
 def test_the_background_does_not_care_what_happens_to_the_object_where_it_should_be():
     np.testing.assert_allclose(score(film).score, score(lambda i: film(i, vanished)).score, atol=0.03)
+
+
+def test_a_picture_that_is_all_objects_still_has_a_background():
+    batch = batch_of([film(0)], [0])
+    everywhere = np.stack(np.meshgrid(np.arange(0, 64, 8.0), np.arange(0, 64, 8.0)), -1).reshape(-1, 2)
+    tracks = np.broadcast_to(everywhere, (1, batch.video.shape[1], *everywhere.shape)).astype(np.float32)
+    dense = replace(batch, target_tracks=tracks, target_visible=np.ones(tracks.shape[:3], bool),
+                    point_mask=np.ones(tracks.shape[::2][:2], bool))  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of the mean of nothing
+        Background()(dense)
+
+
+def test_a_gated_term_needs_scores_of_frames():
+    with pytest.raises(RewardError, match="RewardOutput with a frame_score"):
+        score(film, Gated(lambda batch: np.ones(len(batch)), Trajectory()))
 
 
 def test_a_gated_term_counts_only_where_the_object_is():

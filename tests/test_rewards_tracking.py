@@ -91,6 +91,17 @@ def test_a_template_at_the_border_is_cut_to_the_picture_and_still_found():
         np.testing.assert_allclose(positions[:, 0], [point, np.float32(point) + move], atol=0.5)
 
 
+def test_a_template_that_cannot_be_found_again_is_lost():
+    rng = np.random.default_rng(0)
+    video = np.full((2, 48, 80, 3), 90, np.uint8)
+    video[:, 10:20, 10:20] = rng.integers(0, 256, (10, 10, 3), np.uint8)
+    points = np.float32(
+        [[100.0, 20.0], [20.0, -9.0], [60.0, 30.0], [15.0, 15.0]]
+    )  # outside twice, nothing there, a thing
+    _, found = TemplateMatch().track(video, points, [0, 1], np.zeros((2, 4, 2), np.float32))
+    assert found.tolist() == [[False, False, False, True]] * 2
+
+
 def test_track_error_is_small_for_the_true_video_and_the_distance_to_the_start_for_a_static_one():
     for tracker in TRACKERS.values():
         index, prompt = prompts()[0]

@@ -103,6 +103,14 @@ def test_rows_decoded_in_parts_are_those_decoded_together(rows):
 
 
 @torch.no_grad()
+def test_rows_encoded_in_parts_are_those_encoded_together():
+    exact, video = tiny_vae(**FEW).double(), noise(5, 3, 5, 24, 32)
+    whole = WanCodec(exact).encode(video)
+    assert difference(WanCodec(exact, 2).encode(video), whole) < 1e-6
+    assert difference(WanCodec(exact, 2).encode(video.flip(0)), whole) > 1e-3
+
+
+@torch.no_grad()
 def test_an_encoders_state_is_not_changed_by_what_follows():
     _, state = CODEC.encode_stream(VIDEO[:, :, :5])
     before = [None if part is None else part.clone() for part in state]

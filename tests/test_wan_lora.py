@@ -76,6 +76,14 @@ def test_the_reference_is_the_policy_without_its_adapters_and_training_goes_on_a
         assert p.requires_grad == q.requires_grad and (p.grad is q.grad is None or torch.equal(p.grad, q.grad))
 
 
+def test_adapters_that_are_frozen_stay_so_when_the_reference_has_run(folder):
+    policy = taught(folder)
+    reference, (first, *others) = policy.reference(), [p for p in policy.net.parameters() if p.requires_grad]
+    first.requires_grad_(False)
+    packed(reference)
+    assert not first.requires_grad and all(p.requires_grad for p in others)
+
+
 def test_a_full_policys_reference_does_not_follow_it(folder):
     policy = wan_policy(folder)
     reference = policy.reference()

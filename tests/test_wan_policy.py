@@ -267,6 +267,8 @@ def test_parts_that_are_missing_or_do_not_go_together_are_named(folder, tmp_path
 
 @pytest.mark.parametrize(("changed", "named"), [
     ({"height": 40}, "policy.wan.height=40 must be a multiple of 16"),
+    ({"block": 0}, "policy.wan.block=0 must be 1 or more"),
+    ({"drag_sigma": 0.0}, r"policy.wan.drag_sigma=0.0 \(px\) must be above 0"),
     ({"frames": 12}, "policy.wan.frames=12 must be one given frame and whole blocks of 4"),
     ({"frames": 13, "block": 2}, "whole blocks of 8"),
     ({"window": 1}, "policy.wan.window=1 must hold the sink=1 and a block=1"),
