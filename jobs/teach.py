@@ -145,6 +145,10 @@ def validate(c: TeachConfig) -> None:
         (c.cluster.backend == "ray" or ranks == 1, f"learner.ranks={ranks} needs cluster=local or ray"),
         (c.prompts.kind in ("folder", "sprites"), f"prompts.kind={c.prompts.kind} has no videos; give a folder"),
         (c.prompts.kind == "sprites" or c.prompts.path, "prompts.path is missing: the folder with prompts.jsonl"),
+        (
+            not (c.tracking.register or c.tracking.parent or c.cluster.placement),
+            "tracking.register, tracking.parent and cluster.placement have no effect here; they are jobs.train's",
+        ),
         (t.steps >= 1, f"teach.steps={t.steps} must be at least 1"),
         (t.batch >= 1 and t.batch % ranks == 0, f"teach.batch={t.batch} must be a multiple of learner.ranks={ranks}"),
         (t.heldout >= 1 and t.heldout % ranks == 0, f"teach.heldout={t.heldout} must be one of learner.ranks={ranks}"),
