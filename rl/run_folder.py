@@ -129,8 +129,9 @@ class RunFolder:
 
     def truncate_after(self, step: int) -> None:
         """Drops what lies after `step`, and a last line that a crash cut short, so that a resume repeats no step."""
-        kept = [json.dumps(record) + "\n" for record in self.history() if record["step"] <= step]
-        write_atomically(self.metrics, "".join(kept))
+        if self.metrics.exists():
+            kept = [json.dumps(record) + "\n" for record in self.history() if record["step"] <= step]
+            write_atomically(self.metrics, "".join(kept))
 
     def history(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl in order, without a last line that was cut short."""
