@@ -40,7 +40,7 @@ def validate(c: TrainConfig) -> Settings:
         *rollout_rules(r),
         *learner_rules(l),
         *async_rules(getattr(c, "async")),
-        (0 <= r.horizon < blocks, f"rollout.horizon={r.horizon} must lie in 0..{blocks - 1}"),
+        (r.horizon < blocks, f"rollout.horizon={r.horizon} must lie in 0..{blocks - 1}"),
         (
             r.prompts_per_iteration // max(1, r.prompts_per_task) % l.ranks == 0,
             f"learner.ranks={l.ranks} must divide the number of rollout "
