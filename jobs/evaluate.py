@@ -11,8 +11,8 @@ from jobs.build import first_prompt, make_judges, make_rollout_fleet, session, v
 from jobs.cli import job
 from jobs.config import TrainConfig
 from rl.fleet import closing
+from rl.heldout import HeldOut, measure
 from rl.report import side_by_side, write_mp4
-from rl.run import HeldOut, measure
 from rl.run_folder import RunFolder
 
 

@@ -33,9 +33,10 @@ from rl import checkpoint
 from rl.checkpoint_store import CheckpointStore
 from rl.fleet import closing
 from rl.hack_watch import HackWatch
+from rl.heldout import HeldOut
 from rl.monitor import monitoring
 from rl.pipeline import Fleets
-from rl.run import HeldOut, Output, run
+from rl.run import Output, Training, run
 from rl.run_folder import RunFolder
 from rl.stop import stopping
 from rl.tracking import Tracking, TrackingError
@@ -89,7 +90,8 @@ def train(config: TrainConfig, settings: Settings, folder: RunFolder) -> None:
         output = Output(folder, tracking, store, system, config.fps, values)
         heldout = HeldOut(e.prompts, e.seed, e.batch, e.strips)
         watch = HackWatch(folder.path / "watch", term_weights(config), e.patience, e.stop)
-        summary = run(Fleets(*parts), term_weights(config), loop_settings(config), heldout, watch, output, resume)
+        loop = loop_settings(config)
+        summary = run(Training(Fleets(*parts), term_weights(config), loop, heldout, watch, output, resume))
         if t.register:
             register(config, folder, summary, tracking, resume)
     print("\n".join([*heldout_lines(summary), f"report: {folder.report}"]))

@@ -39,7 +39,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, step: int, metrics: Mapping[str, np.ndarray], terms: Mapping[str, TermWeight]) -> Evaluation:
-        """From what `rl.run.measure` found. terms: those that are trained on; all other terms are canaries."""
+        """From what `rl.heldout.measure` found. terms: those that are trained on; all other terms are canaries."""
         reward = sum(term.weight * metrics[f"reward/{name}"] for name, term in terms.items())
         watched = [n for n in metrics if n.startswith("canary/")]
         watched += [n for n in metrics if n.startswith("reward/") and n.removeprefix("reward/") not in terms]

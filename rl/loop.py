@@ -34,7 +34,7 @@ class LoopSettings:
     own alone. advantage_clip: of |A|. advantage_std: of `normalise`. best_and_worst: how many of each learn in a group
     (None: all members). permute: give advantages to the wrong members (the control that must not
     improve). evaluate_every: iterations between evaluations; None: none before the end. max_staleness: of `Pipeline`.
-    max_recoveries: how often `rl.run.run` makes the learner anew.
+    max_recoveries: how often `rl.run.Training` makes the learner anew.
     """
 
     seed: int

@@ -14,10 +14,10 @@ import numpy as np
 from rl import checkpoint
 from rl.advantage import TermWeight
 from rl.checkpoint_store import CheckpointStore
-from rl.evaluation import compare, stack
-from rl.fleet import Fleet, FleetError, ResultLost, as_completed, fetch
+from rl.evaluation import compare
+from rl.fleet import FleetError, ResultLost, fetch
 from rl.hack_watch import HackWatch
-from rl.judges import Judges
+from rl.heldout import HeldOut, measure
 from rl.learner import join
 from rl.loop import Clock, LoopSettings, train
 from rl.pipeline import Fleets, synchronise
@@ -26,63 +26,9 @@ from rl.report import figures, filmstrip, side_by_side, write_mp4, write_report
 from rl.run_folder import RunFolder
 from rl.stop import Stopped
 from rl.tracking import Tracking
-from rollout.prompts import DragPrompt
 from rollout.records import Films
 
 logger = logging.getLogger(__name__)
-CANARY = "canary/"
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """prompts: how many. seed: chooses them and their noise. batch: prompts generated together. strips: how many are
-    shown.
-    """
-
-    prompts: int
-    seed: int
-    batch: int
-    strips: int
-    split: str = "heldout"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """metrics: float32 [prompts] each. chunks: references to the Films, `batch` prompts in each but the last."""
-
-    metrics: dict[str, np.ndarray]
-    chunks: list
-    batch: int
-
-    def films(self, count: int) -> Films:
-        """Of the first so many prompts."""
-        parts = [fetch(chunk) for chunk in self.chunks[: max(1, -(-count // self.batch))]]
-        prompts = tuple(prompt for part in parts for prompt in part.prompts)
-        known = parts[0].truths is not None
-        truths = np.concatenate([part.truths for part in parts])[:count] if known else None
-        return Films(prompts[:count], np.concatenate([part.videos for part in parts])[:count], truths)
-
-    def film(self, i: int) -> tuple[DragPrompt, np.ndarray]:
-        """Prompt and video of the i-th prompt."""
-        films = fetch(self.chunks[i // self.batch])
-        return films.prompts[i % self.batch], films.videos[i % self.batch]
-
-
-def measure(rollout: Fleet, judges: Judges, heldout: HeldOut) -> Measured:
-    """The rollout workers' present policy on the held-out prompts."""
-    first = heldout.seed * 1_000_000
-    chunks = [
-        range(first + i, first + min(i + heldout.batch, heldout.prompts))
-        for i in range(0, heldout.prompts, heldout.batch)
-    ]
-    generating = {rollout.submit("generate", heldout.split, list(c), heldout.seed): i for i, c in enumerate(chunks)}
-    measuring, films = {}, {}
-    for task in as_completed(generating):
-        i = generating[task]
-        films[i] = task.result()[0]
-        measuring[i] = judges.measure(films[i], heldout.split)
-    found = [judges.measured(*measuring[i]) for i in range(len(chunks))]
-    return Measured(stack(found), [films[i] for i in range(len(chunks))], heldout.batch)
 
 
 @dataclass(frozen=True)
@@ -99,127 +45,19 @@ class Output:
     config: dict[str, Any]
 
 
-def run(
-    fleets: Fleets,
-    terms: dict[str, TermWeight],
-    settings: LoopSettings,
-    heldout: HeldOut,
-    watch: HackWatch,
-    output: Output,
-    resume: Path | None,
-) -> dict[str, Any]:
-    """Measures the base, trains, measures the tuned policy, writes report.html and summary.json; returns the
-    summary. Where the run is asked to stop, what is trained is saved before Stopped passes. Where the learner is lost,
-    or results that no worker can give again, the learner is made anew and goes on from the last checkpoint.
-    """
-    started, clock, phases = time.perf_counter(), Clock(), Clock()
-    folder, tracking = output.folder, output.tracking
-
-    def look(step: int) -> tuple[dict[str, np.ndarray], Films, bool]:
-        with clock("evaluate"):
-            measured = measure(fleets.rollout, fleets.judges, heldout)
-            stop = watch.look(step, measured.metrics, tracking)
-            if step:
-                watch.draw(step, measured.metrics, measured.film, tracking, output.fps)
-        return measured.metrics, measured.films(heldout.strips), stop
-
-    def go_on_from(path: Path | None) -> list[int]:
-        """Takes learner and records to a checkpoint, or to the beginning; the versions of the weights there."""
-        nonlocal best, done, saved
-        held, best = [0], None
-        if path:
-            held = fetch(fleets.learner.broadcast("load", str(path)))[0]
-            best = checkpoint.read_manifest(path).get("best")
-            folder.restore(path)
-        done = saved = held[-1]
-        folder.truncate_after(done)
-        watch.resume(done)
-        return held
-
-    last, recoveries, best, done, saved, newest = settings.iterations, 0, None, 0, 0, resume
-    held = go_on_from(resume)
-    start = held[-1]
-    base, base_films, _ = look(0)
-
-    with Progress(settings.iterations, start) as progress:
-
-        def log(step: int, metrics: dict[str, float]) -> None:
-            nonlocal done
-            metrics = metrics | {"system/recoveries": float(recoveries)}
-            folder.append(step, metrics)
-            tracking.log({**metrics, **output.system()}, step)
-            progress.update(metrics)
-            done = step
-
-        def save(step: int) -> None:
-            nonlocal saved, newest
-            if step == saved:
-                return
-
-            def write(path: Path) -> None:
-                versions = fetch(fleets.learner.broadcast("save", str(path)))
-                if versions != [step] * len(versions):
-                    raise RuntimeError(f"the learner's ranks hold versions {versions}, not {step}")
-                folder.keep(path)
-
-            folder.sync()
-            manifest = {"mlflow_run_id": tracking.run_id, "config": output.config, "best": best}
-            output.store.save(step, write, manifest, best and best["step"])
-            saved, newest = step, None  # the one to go back to is then the newest of the folder
-
-        def rescue() -> None:
-            """What is trained, from an error that left the learner whole; that error is what the user has to see."""
-            try:
-                save(done)
-            except Exception as error:
-                logger.warning("what was trained after step %d is not saved: %s", saved, error)
-
-        def evaluate(step: int) -> bool:
-            nonlocal last, best
-            synchronise(fleets, averaged=True)
-            stop = look(step)[2]
-            last = step if stop else last
-            if (reward := watch.reward(step)) > (best["reward"] if best else -np.inf):
-                best = {"step": step, "reward": reward}
-                save(step)
-            return stop
-
-        due = settings.evaluate_every and start % settings.evaluate_every == 0 and 0 < start < settings.iterations
-        if watch.stops(start):  # an alarm that a run was stopped after
-            last, held = start, [settings.iterations]
-        elif due and not watch.knows(start) and evaluate(start):  # what a stop came before
-            held = [settings.iterations]
-
-        while True:
-            try:
-                train(fleets, terms, settings, held, log, save, evaluate, phases)
-                synchronise(fleets, averaged=True)
-                break
-            except Stopped:
-                save(done)
-                raise
-            except Exception as error:
-                lost = fleets.learner.loss is not None or isinstance(error, ResultLost)
-                mendable = lost and isinstance(error, FleetError | checkpoint.CheckpointError)
-                if not mendable or recoveries == settings.max_recoveries:
-                    if fleets.learner.loss is None and not isinstance(error, checkpoint.CheckpointError):
-                        rescue()
-                    raise
-                recoveries += 1
-                path = newest or checkpoint.latest(folder.checkpoints)[0]
-                logger.warning("%s; recovery %d of %d, from %s", error, recoveries, settings.max_recoveries,
-                               path or "the beginning")  # fmt: skip
-                fleets.learner.renew()
-                join(fleets.learner)
-                held, progress.done = go_on_from(path), done
-                if done == last:
-                    held = [settings.iterations]
-
-    tuned, tuned_films, _ = look(last)
-    seconds = phases.seconds | clock.seconds | {"total": time.perf_counter() - started}
-    summary = summarise(compare(base, tuned), heldout.prompts, last, seconds, tracking.run_id)
-    summary["hack_watch"] = {**watch.summary(), "stopped_at": last if last < settings.iterations else None}
-    tracking.log(
+def run(training: Training) -> dict[str, Any]:
+    """Measures the base, trains, measures the tuned policy, writes report.html and summary.json, which it returns."""
+    started, output = time.perf_counter(), training.output
+    training.begin()
+    base, base_films, _ = training.look(0)
+    training.to_the_end()
+    last = training.last
+    tuned, tuned_films, _ = training.look(last)
+    seconds = training.phases.seconds | {"total": time.perf_counter() - started}
+    summary = summarise(compare(base, tuned), training.heldout.prompts, last, seconds, output.tracking.run_id)
+    stopped_at = last if last < training.settings.iterations else None
+    summary["hack_watch"] = {**training.watch.summary(), "stopped_at": stopped_at}
+    output.tracking.log(
         {
             f"eval/{name}/{which}": value
             for name, row in figures(summary["heldout"])
@@ -228,10 +66,140 @@ def run(
         },
         last,
     )
-    folder.write_summary(summary)
+    output.folder.write_summary(summary)
     show(output, summary, base_films, tuned_films, last)
-    tracking.artifact(folder.summary)
+    output.tracking.artifact(output.folder.summary)
     return summary
+
+
+@dataclass
+class Training:
+    """The loop and what it has to lose: where it stands, what is saved of it, and the way back there.
+
+    Where it is asked to stop, what is trained is saved before Stopped passes. Where the learner is lost, or results
+    that no worker can give again, the learner is made anew and goes on from the last checkpoint.
+
+    resume: the checkpoint to begin with. After `begin`: `start` and `done` are the steps it began with and has come to,
+    `saved` that of the newest checkpoint, `last` the one it ends with, `best` the best evaluation, {"step", "reward"}.
+    """
+
+    fleets: Fleets
+    terms: dict[str, TermWeight]
+    settings: LoopSettings
+    heldout: HeldOut
+    watch: HackWatch
+    output: Output
+    resume: Path | None
+
+    def begin(self) -> None:
+        self.phases, self.recoveries, self.last = Clock(), 0, self.settings.iterations
+        self.go_on_from(self.resume)
+        self.start = self.done
+
+    def go_on_from(self, path: Path | None) -> None:
+        """Takes learner and records to a checkpoint, or to the beginning."""
+        self.held, self.best = [0], None
+        if path:
+            self.held = fetch(self.fleets.learner.broadcast("load", str(path)))[0]
+            self.best = checkpoint.read_manifest(path).get("best")
+            self.output.folder.restore(path)
+        self.done = self.saved = self.held[-1]
+        self.output.folder.truncate_after(self.done)
+        self.watch.resume(self.done)
+
+    def to_the_end(self) -> None:
+        """Trains up to the last step and leaves the averaged weights with the rollout workers."""
+        with Progress(self.settings.iterations, self.start) as self.progress:
+            self.make_up_for_a_stop()
+            while True:
+                try:
+                    if self.done < self.last:
+                        train(self.fleets, self.terms, self.settings, self.held, self.log, self.save, self.evaluate,
+                              self.phases)  # fmt: skip
+                    return synchronise(self.fleets, averaged=True)
+                except Stopped:
+                    self.save(self.done)
+                    raise
+                except Exception as error:
+                    if not self.mendable(error):
+                        self.rescue(error)
+                        raise
+                    self.recover(error)
+
+    def make_up_for_a_stop(self) -> None:
+        """An alarm that ended the training ends it again; an evaluation that a stop came before is made."""
+        every, begun = self.settings.evaluate_every, 0 < self.start < self.settings.iterations
+        if self.watch.stops(self.start):
+            self.last = self.start
+        elif every and begun and self.start % every == 0 and not self.watch.knows(self.start):
+            self.evaluate(self.start)
+
+    def look(self, step: int) -> tuple[dict[str, np.ndarray], Films, bool]:
+        """Metrics and first films of the policy that the rollout workers hold; True where the training should stop."""
+        with self.phases("evaluate"):
+            measured = measure(self.fleets.rollout, self.fleets.judges, self.heldout)
+            stop = self.watch.look(step, measured.metrics, self.output.tracking)
+            if step:
+                self.watch.draw(step, measured.metrics, measured.film, self.output.tracking, self.output.fps)
+        return measured.metrics, measured.films(self.heldout.strips), stop
+
+    def evaluate(self, step: int) -> bool:
+        synchronise(self.fleets, averaged=True)
+        stop = self.look(step)[2]
+        if stop:
+            self.last = step
+        if (reward := self.watch.reward(step)) > (self.best["reward"] if self.best else -np.inf):
+            self.best = {"step": step, "reward": reward}
+            self.save(step)
+        return stop
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        metrics = metrics | {"system/recoveries": float(self.recoveries)}
+        self.output.folder.append(step, metrics)
+        self.output.tracking.log({**metrics, **self.output.system()}, step)
+        self.progress.update(metrics)
+        self.done = step
+
+    def save(self, step: int) -> None:
+        if step == self.saved:
+            return
+
+        def write(path: Path) -> None:
+            versions = fetch(self.fleets.learner.broadcast("save", str(path)))
+            if versions != [step] * len(versions):
+                raise RuntimeError(f"the learner's ranks hold versions {versions}, not {step}")
+            self.output.folder.keep(path)
+
+        self.output.folder.sync()
+        manifest = {"mlflow_run_id": self.output.tracking.run_id, "config": self.output.config, "best": self.best}
+        self.output.store.save(step, write, manifest, self.best and self.best["step"])
+        self.saved = step
+
+    def mendable(self, error: Exception) -> bool:
+        """Whether a new learner can go on from the last checkpoint."""
+        lost = self.fleets.learner.loss is not None or isinstance(error, ResultLost)
+        known = isinstance(error, FleetError | checkpoint.CheckpointError)
+        return lost and known and self.recoveries < self.settings.max_recoveries
+
+    def rescue(self, error: Exception) -> None:
+        """Saves what is trained from an error that left the learner whole; that error is what the user has to see."""
+        if self.fleets.learner.loss is None and not isinstance(error, checkpoint.CheckpointError):
+            try:
+                self.save(self.done)
+            except Exception as second:
+                logger.warning("what was trained after step %d is not saved: %s", self.saved, second)
+
+    def recover(self, error: Exception) -> None:
+        """Goes back to the last checkpoint with a new learner."""
+        self.recoveries += 1
+        own = self.saved > self.start  # else the folder's newest may be of another branch
+        path = (own and checkpoint.latest(self.output.folder.checkpoints)[0]) or self.resume
+        logger.warning("%s; recovery %d of %d, from %s", error, self.recoveries, self.settings.max_recoveries,
+                       path or "the beginning")  # fmt: skip
+        self.fleets.learner.renew()
+        join(self.fleets.learner)
+        self.go_on_from(path)
+        self.progress.done = self.done
 
 
 def summarise(
