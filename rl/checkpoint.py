@@ -140,7 +140,7 @@ def resolve(resume: str | Path, root: Path) -> tuple[Path | None, list[str]]:
         if folder is None and warnings:
             raise CheckpointError(f"no checkpoint in {root} is usable: {warnings[0]}; resume=none starts afresh")
         return folder, warnings
-    folder = Path(resume)
+    folder = Path(resume).resolve()  # for workers elsewhere
     if not (folder / MANIFEST).exists() and (inside := _by_age(folder)[0] or _by_age(folder / "checkpoints")[0]):
         raise CheckpointError(f"resume={resume} is a folder of checkpoints; name one, such as {inside[0]}")
     verify(folder)

@@ -269,13 +269,11 @@ def make_fleet(
     spec: FleetSpec,
     args: tuple = (),
     kwargs: Mapping[str, Any] | None = None,
-    on_restart: Callable[[Fault], None] | None = None,
 ) -> Fleet:
     """A fleet of `factory(*args, **kwargs)` objects.
 
     backend: "inline", or "ray" inside a `ray_session`. Ray workers start in the background: an exception of the factory
     is raised by the first wait (by make_fleet itself inline).
-    on_restart: called in the driver with the fault that made a replacement necessary; it must not call fleets.
     """
     build = partial(factory, *args, **(kwargs or {}))
     if backend == "inline":
@@ -283,7 +281,7 @@ def make_fleet(
     if backend == "ray":
         from rl.ray_fleet import RayFleet  # it imports this module
 
-        return RayFleet(build, spec, on_restart)
+        return RayFleet(build, spec)
     raise FleetSpecError(f"fleet {spec.name!r}: backend must be 'inline' or 'ray', not {backend!r}")
 
 

@@ -78,9 +78,8 @@ class RayFleet(Fleet):
     """See the module docstring. Where a worker cannot be started, whatever waits at that time raises: the worker's own
     ValueError, FleetSpecError if the cluster lacks the resources, else FleetError."""
 
-    def __init__(self, build: Callable[[], Any], spec: FleetSpec, on_restart: Callable[[Fault], None] | None) -> None:
+    def __init__(self, build: Callable[[], Any], spec: FleetSpec) -> None:
         super().__init__(spec)
-        self.on_restart = on_restart
         self._place = Call(READY, (), 1, spec.start_timeout_s)
         self._build = Call(BUILD, (build,), 1, spec.start_timeout_s)
         self._kept: dict[str, list[Call]] = {}
@@ -258,8 +257,6 @@ class RayFleet(Fleet):
             self._settle(call, fault)
             return
         self.restarts += 1
-        if self.on_restart:
-            self.on_restart(fault)
         new = self._renew(replica)
         new.failed_starts = replica.failed_starts + starting
         for idle in self.replicas:  # it may have died with this one: the call's next chance waits until that is known

@@ -94,11 +94,13 @@ def test_resume_auto_refuses_to_start_afresh_beside_damaged_checkpoints(root: Pa
         resolve("auto", root)
 
 
-def test_resume_says_where_to_start(root: Path, tmp_path: Path) -> None:
+def test_resume_says_where_to_start(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("auto", root) == (root / "step_000030", [])
     assert resolve("auto", tmp_path / "new run") == (None, [])
     assert resolve("none", root) == (None, [])
     assert resolve(str(root / "step_000010"), root) == (root / "step_000010", [])
+    monkeypatch.chdir(root)  # of this process alone: workers have others
+    assert resolve("step_000010", root) == (root / "step_000010", [])
     for folder in (root, root.parent):
         with pytest.raises(CheckpointError, match=r"is a folder of checkpoints; name one, such as .*step_000030"):
             resolve(folder, root)
