@@ -15,6 +15,7 @@ from benchmarks import (
     kv_cache,
     many_workers,
     one_forward,
+    operators,
     overlap,
     prefix,
     run,
@@ -67,6 +68,15 @@ def test_a_shared_prefix_is_generated_once(small):
 def test_one_forward_per_group_has_the_gradient_of_one_per_member(small):
     row = one_forward.measure("trunk", 4, 1, 1, *small)
     assert row["gradients differ by"] < 1e-5 and row["one forward_s"] > 0 and row["G forwards_s"] > 0
+
+
+def test_the_time_of_a_rollout_and_an_update_is_divided_among_kinds_of_operators(small):
+    rows = operators.measure("trunk", 3, 1, *small)
+    assert [row["phase"] for row in rows] == ["rollout", "learner"]
+    for row in rows:
+        assert abs(sum(row[name] for name in (*operators.KINDS, operators.REST, operators.OUTSIDE)) - 1) < 1e-6
+        assert row["matrix products"] > 0 and row["operators"] > 100 and row["cpu_s"] > 0
+    assert operators.kind("aten::addmm") == "matrix products" and operators.kind("aten::mul") == operators.REST
 
 
 def test_streaming_with_a_cache_equals_the_whole_history_with_fewer_frames(small):
