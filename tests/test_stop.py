@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow
@@ -17,7 +16,7 @@ from jobs_cases import run_job, small_run  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
 
 LONG = ("train.iterations=400", "train.grace_s=100")  # a machine that is busy with other tests needs more than 25
-SLOW = "import time\n\ndef slow(batch):\n    time.sleep(600)\n"
+SLOW = "import time\n\ndef slow(batch):\n    print('judging', flush=True)\n    time.sleep(600)\n"
 
 
 def start(*overrides: str) -> subprocess.Popen[str]:
@@ -26,11 +25,11 @@ def start(*overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
 
 
-def await_iteration(process: subprocess.Popen[str], number: int) -> None:
+def await_line(process: subprocess.Popen[str], start: str) -> None:
     for line in process.stdout:
-        if line.startswith(f"{number}/"):
+        if line.startswith(start):
             return
-    raise AssertionError(f"it ended before iteration {number}: {process.stderr.read()}")
+    raise AssertionError(f"it ended without a line {start}: {process.stderr.read()}")
 
 
 def steps(run: Path) -> list[int]:
@@ -47,7 +46,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_what_it_trained(small_run, tmp
     more = (f"run_dir={run}", f"tracking.uri={store}", "train.checkpoint_every=1000", "async.max_staleness=1",
             "learner.decay_iterations=8")  # fmt: skip
     with start(*small_run, *more, *LONG) as process:
-        await_iteration(process, 2)
+        await_line(process, "2/")
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -73,9 +72,7 @@ def test_a_second_signal_ends_at_once(small_run, tmp_path):  # noqa: F811
     (tmp_path / "slow.py").write_text(SLOW)
     more = (f"run_dir={tmp_path / 'run'}", "tracking.uri=null", f"+rewards.slow.fn={tmp_path / 'slow.py'}:slow")
     with start(*small_run, *more) as process:
-        time.sleep(1)
-        while psutil.Process(process.pid).cpu_percent(0.5) > 10:  # until it sleeps in the reward
-            pass
+        await_line(process, "judging")
         process.send_signal(signal.SIGTERM)
         assert "stopping" in process.stderr.readline()
         assert process.poll() is None
@@ -88,9 +85,7 @@ def test_what_does_not_stop_in_time_ends_without_a_checkpoint(small_run, tmp_pat
     (tmp_path / "slow.py").write_text(SLOW)
     more = (f"run_dir={tmp_path / 'run'}", "tracking.uri=null", f"+rewards.slow.fn={tmp_path / 'slow.py'}:slow")
     with start(*small_run, *more, "train.grace_s=2") as process:
-        time.sleep(1)
-        while psutil.Process(process.pid).cpu_percent(0.5) > 10:
-            pass
+        await_line(process, "judging")
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=15)
     assert process.returncode == 1 and "not stopped within train.grace_s=2 s, the last checkpoint stands" in errors
@@ -102,7 +97,7 @@ def test_control_c_ends_a_run_on_ray_with_a_checkpoint_and_leaves_no_process(sma
     run = tmp_path / "run"
     more = ("cluster=local", f"run_dir={run}", "tracking.uri=null", "train.checkpoint_every=1000", *LONG)
     with start(*small_run, *more) as process:
-        await_iteration(process, 2)
+        await_line(process, "2/")
         started = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)  # a terminal's goes to every process of the group
         _, errors = process.communicate(timeout=120)
