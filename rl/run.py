@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,8 @@ class Training:
     Where it is asked to stop, what is trained is saved before Stopped passes. Where the learner is lost, or results
     that no worker can give again, the learner is made anew and goes on from the last checkpoint.
 
-    resume: the checkpoint to begin with. After `begin`: `start` and `done` are the steps it began with and has come to,
-    `saved` that of the newest checkpoint, `last` the one it ends with, `best` the best evaluation, {"step", "reward"}.
+    resume: the checkpoint to begin with. start, done, last: the steps it begins with, has come to and ends with.
+    saved: that of the newest checkpoint. held: of `rl.loop.train`. best: {"step", "reward"} of the best evaluation.
     """
 
     fleets: Fleets
@@ -90,11 +90,19 @@ class Training:
     watch: HackWatch
     output: Output
     resume: Path | None
+    phases: Clock = field(default_factory=Clock, init=False)
+    recoveries: int = field(default=0, init=False)
+    held: Sequence[int] = field(init=False)
+    start: int = field(init=False)
+    done: int = field(init=False)
+    saved: int = field(init=False)
+    last: int = field(init=False)
+    best: dict[str, float] | None = field(init=False)
+    progress: Progress = field(init=False)
 
     def begin(self) -> None:
-        self.phases, self.recoveries, self.last = Clock(), 0, self.settings.iterations
         self.go_on_from(self.resume)
-        self.start = self.done
+        self.start, self.last = self.done, self.settings.iterations
 
     def go_on_from(self, path: Path | None) -> None:
         """Takes learner and records to a checkpoint, or to the beginning."""
