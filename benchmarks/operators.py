@@ -21,7 +21,7 @@ KINDS = {
     "convolutions": "conv",
     "attention": "scaled_dot_product",
     "matrix products": r"\b(add|b|badd)?mm\b|linear",
-    "copies": r"copy|cat\b|index|gather|clone|contiguous|pad|stack|repeat|_to_copy",
+    "copies": r"copy|cat\b|index|gather|clone|contiguous|pad|stack|repeat",
 }
 REST, OUTSIDE = "elementwise, norms, other", "Python, profiler"
 
