@@ -111,6 +111,11 @@ class Bare:
     def learn(self, replays: list[list[Replay]], scores: Sequence[GroupScores], iteration: int = 0) -> dict[str, float]:
         return self.learner.update(replays, credit(scores, term_weights(self.config), self.loop, iteration))
 
+    def learn_again(self, replays: list[list[Replay]], scores: Sequence[GroupScores]) -> None:
+        """The same groups once more, as if they were fresh; with learner.lr=0."""
+        self.learner.version = 0
+        self.learn(replays, scores)
+
     def iteration(self, iteration: int) -> dict[str, float]:
         groups, replays = self.rollout(iteration)
         return self.learn(replays, self.score(groups), iteration)

@@ -38,8 +38,7 @@ def measure(select: str, members: int, prompts: int, repeats: int, *more: str) -
     split = [[one for replay in chunk for one in per_member(replay)] for chunk in replays]
 
     def learn(chunks: list[list[Replay]]) -> torch.Tensor:
-        parts.learner.version = 0  # the same groups again, and again fresh
-        parts.learn(chunks, scores)
+        parts.learn_again(chunks, scores)
         return parts.learner.engine.gradient
 
     once, many = learn(replays), learn(split)

@@ -53,11 +53,7 @@ def measure(select: str, members: int, prompts: int, *more: str) -> list[dict[st
     groups, replays = parts.rollout(0)
     scores = parts.score(groups)
 
-    def learn() -> None:
-        parts.learner.version = 0  # the same groups again, and again fresh
-        parts.learn(replays, scores)
-
-    phases = {"rollout": lambda: parts.rollout(0), "learner": learn}
+    phases = {"rollout": lambda: parts.rollout(0), "learner": lambda: parts.learn_again(replays, scores)}
     return [{"select": select, "phase": phase} | shares(work) for phase, work in phases.items()]
 
 

@@ -235,7 +235,7 @@ def test_a_killed_worker_is_replaced_with_the_latest_weights_and_its_call_run_ag
         seen = [fetch(task.result()[0]) for task in tasks]
         assert {(weights, version) for weights, version, _ in seen} == {(8.0, 2)}
         assert time.monotonic() - begin < 30
-        (told,) = caplog.messages
+        (told,) = [text for text in caplog.messages if "died" in text]  # a busy machine warns of other things too
         assert fleet.restarts == 1 and told.startswith("rollout[") and ".trouble: the worker died" in told
 
         # One that dies while nobody looks is found by the next call.
